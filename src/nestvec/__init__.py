@@ -1,0 +1,88 @@
+"""Nested (Matryoshka) embeddings: learn, measure, upgrade, search and serve vectors you can cut.
+
+Public names are imported when they are first used, so ``import nestvec`` loads no extra.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nestvec.corpus import RetrievalSet, read_beir, read_texts
+    from nestvec.encoders import CallableEncoder, TextEncoder, encode
+    from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation, RandomRotation, load_map
+    from nestvec.measure import Curve, measure
+    from nestvec.search import (
+        Cascade,
+        Plan,
+        SearchResult,
+        Stage,
+        adaptive_retrieval,
+        funnel_retrieval,
+        search,
+    )
+    from nestvec.space import Embeddings, Space
+    from nestvec.space.files import load
+
+_HOME = {
+    "CallableEncoder": "nestvec.encoders",
+    "Cascade": "nestvec.search",
+    "Curve": "nestvec.measure",
+    "Embeddings": "nestvec.space",
+    "MatryoshkaAdaptor": "nestvec.maps",
+    "Plan": "nestvec.search",
+    "PrincipalRotation": "nestvec.maps",
+    "RandomRotation": "nestvec.maps",
+    "RetrievalSet": "nestvec.corpus",
+    "SearchResult": "nestvec.search",
+    "Space": "nestvec.space",
+    "Stage": "nestvec.search",
+    "TextEncoder": "nestvec.encoders",
+    "adaptive_retrieval": "nestvec.search",
+    "encode": "nestvec.encoders",
+    "funnel_retrieval": "nestvec.search",
+    "load": "nestvec.space.files",
+    "load_map": "nestvec.maps",
+    "measure": "nestvec.measure",
+    "read_beir": "nestvec.corpus",
+    "read_texts": "nestvec.corpus",
+    "search": "nestvec.search",
+}
+
+__all__ = [
+    "CallableEncoder",
+    "Cascade",
+    "Curve",
+    "Embeddings",
+    "MatryoshkaAdaptor",
+    "Plan",
+    "PrincipalRotation",
+    "RandomRotation",
+    "RetrievalSet",
+    "SearchResult",
+    "Space",
+    "Stage",
+    "TextEncoder",
+    "adaptive_retrieval",
+    "encode",
+    "funnel_retrieval",
+    "load",
+    "load_map",
+    "measure",
+    "read_beir",
+    "read_texts",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nestvec' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

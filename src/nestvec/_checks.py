@@ -1,0 +1,98 @@
+"""The door: whatever a user hands in is checked once, here, and is a float32 matrix from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nestvec.errors import DataError, DimensionError
+
+_BLOCK = 65_536  # rows looked at together, so that checking a memory map stays small
+
+
+def as_matrix(
+    values: ArrayLike,
+    *,
+    name: str = "embeddings",
+    dim: int | None = None,
+    allow_zero_rows: bool = False,
+) -> NDArray[np.float32]:
+    """Return ``values`` as a finite float32 matrix ``(n, dim)``, or say which row is wrong.
+
+    float64, float16 and integers are converted; a float32 array (a memory map, too) is returned
+    without a copy. Raises `DataError` for ragged, empty, non-numeric, NaN, Inf or zero rows and
+    `DimensionError` for the wrong number of columns.
+    """
+    try:
+        array = np.asanyarray(values)
+    except ValueError as error:
+        raise DataError(f"{name}: the rows have different lengths ({error}).") from error
+    if array.dtype == object or array.dtype.kind not in "fiub":
+        raise DataError(
+            f"{name}: expected a matrix of numbers (n, dim), got dtype {array.dtype} "
+            f"and shape {array.shape}."
+        )
+    if array.ndim != 2:
+        hint = " Pass x[None, :] for a single vector." if array.ndim == 1 else ""
+        raise DataError(f"{name}: expected a matrix (n, dim), got shape {array.shape}.{hint}")
+    if 0 in array.shape:
+        raise DataError(f"{name}: empty, shape {array.shape}; at least one row is needed.")
+    if dim is not None and array.shape[1] != dim:
+        raise DimensionError(f"{name}: {array.shape[1]} dims given where {dim} are expected.")
+    if array.dtype != np.float32:
+        with np.errstate(over="ignore"):  # a float64 too large becomes Inf and is reported below
+            array = array.astype(np.float32)
+    for start in range(0, len(array), _BLOCK):
+        block = array[start : start + _BLOCK]
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            raise DataError(
+                f"{name}: row {start + int(np.argmin(finite))} holds NaN or Inf "
+                f"({int((~finite).sum())} such rows in rows {start}..{start + len(block) - 1}). "
+                f"Drop or re-embed them."
+            )
+        if not allow_zero_rows:
+            nonzero = block.any(axis=1)
+            if not nonzero.all():
+                raise DataError(
+                    f"{name}: row {start + int(np.argmin(nonzero))} is all zeros, so it has no "
+                    f"direction and no cosine. Drop it, or re-embed its text."
+                )
+    return array
+
+
+def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
+    """Return ids as int64 or str array ``(n,)`` without duplicates, or raise `DataError`."""
+    array = np.asarray(ids)
+    if array.dtype.kind in "iu":
+        array = array.astype(np.int64)
+    elif array.dtype.kind in "OU":
+        array = np.array([str(i) for i in array.ravel()], dtype=np.str_).reshape(array.shape)
+    else:
+        raise DataError(f"{name}: ids are integers or strings, got dtype {array.dtype}.")
+    if array.shape != (n,):
+        raise DataError(f"{name}: {array.shape} ids for {n} rows; one id a row is needed.")
+    unique, first, counts = np.unique(array, return_index=True, return_counts=True)
+    if len(unique) != n:
+        twice = int(np.flatnonzero(counts > 1)[0])
+        rows = np.flatnonzero(array == unique[twice])[:2].tolist()
+        raise DataError(
+            f"{name}: {n - len(unique)} duplicate ids; {unique[twice]!r} stands in rows "
+            f"{rows[0]} and {rows[1]}. Ids must be unique."
+        )
+    return array
+
+
+def normalise(
+    matrix: NDArray[np.float32], *, name: str = "embeddings"
+) -> NDArray[np.float32]:
+    """L2-normalise the rows; a row without length is a `DataError` that names it."""
+    norms = np.linalg.norm(matrix, axis=1)
+    if not norms.all():
+        raise DataError(
+            f"{name}: row {int(np.argmin(norms))} is all zeros at {matrix.shape[1]} dims, "
+            f"so it cannot be normalised."
+        )
+    return np.asarray(matrix / norms[:, None], dtype=np.float32)

@@ -1,0 +1,24 @@
+"""Shared fixtures: one seed, one place for the data."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network in tests
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The evaluation sets; tests that need them say so when they are not there."""
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("NESTVEC_DATA", root / "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no evaluation data at {folder}: set NESTVEC_DATA")
+    return folder
