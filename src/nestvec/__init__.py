@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         SearchResult,
         Stage,
         adaptive_retrieval,
+        cascade_search,
         funnel_retrieval,
-        search,
     )
     from nestvec.space import Embeddings, Space
     from nestvec.space.files import load
@@ -40,6 +40,7 @@ _HOME = {
     "Stage": "nestvec.search",
     "TextEncoder": "nestvec.encoders",
     "adaptive_retrieval": "nestvec.search",
+    "cascade_search": "nestvec.search",
     "encode": "nestvec.encoders",
     "funnel_retrieval": "nestvec.search",
     "load": "nestvec.space.files",
@@ -47,7 +48,6 @@ _HOME = {
     "measure": "nestvec.measure",
     "read_beir": "nestvec.corpus",
     "read_texts": "nestvec.corpus",
-    "search": "nestvec.search",
 }
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "Stage",
     "TextEncoder",
     "adaptive_retrieval",
+    "cascade_search",
     "encode",
     "funnel_retrieval",
     "load",
@@ -72,7 +73,6 @@ __all__ = [
     "measure",
     "read_beir",
     "read_texts",
-    "search",
 ]
 
 

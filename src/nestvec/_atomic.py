@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nestvec.errors import StorageError
+from nestvec.errors import NestvecError, StorageError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 
 
 def sync_folder(folder: Path) -> None:
@@ -22,46 +25,78 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync_tree(path: Path) -> None:
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    for folder in {p.parent for p in files}:
-        sync_folder(folder)
+    inside = list(path.rglob("*")) if path.is_dir() else []
+    for entry in [*inside, path]:
+        if entry.is_dir():
+            sync_folder(entry)
+        else:
+            with entry.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _put_in_place(scratch: Path, target: Path) -> None:
+    """Rename ``scratch`` to ``target``; an old folder moves to where the scratch was."""
+    if not target.is_dir() or target.is_symlink():
+        scratch.replace(target)
+        return
+    if not scratch.is_dir():
+        raise IsADirectoryError(None, "a folder of that name stands there", str(target))
+    if _exchange(scratch, target):
+        return
+    old = scratch.with_name("replaced")  # two renames: all that is left where there is no exchange
+    target.rename(old)
+    try:
+        scratch.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step, so that no moment has neither; False where there is no such."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return done == 0
 
 
 @contextlib.contextmanager
 def written_beside(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a scratch path in the target's folder; on success it replaces ``target`` at once.
 
-    Write a file or make a folder at the path that is yielded. If the body fails, the scratch is removed and whatever stood
-    at ``target`` is untouched. Disk errors become `StorageError`.
+    Write a file or make a folder at the path that is yielded. If the body fails, the scratch is
+    removed and whatever stood at ``target`` is untouched. Disk errors become `StorageError`.
     """
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch_home = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise StorageError(f"cannot write {target}: {error.strerror or error}.") from error
+        raise StorageError(f"cannot write {target}: {_reason(error)}.") from error
     scratch = scratch_home / target.name
     try:
         yield scratch
         _sync_tree(scratch)
-        if target.is_dir() and not target.is_symlink():
-            old = scratch_home / "replaced"
-            target.rename(old)
-            try:
-                scratch.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-        else:
-            scratch.replace(target)
+        _put_in_place(scratch, target)
         sync_folder(target.parent)
-    except OSError as error:
+    except NestvecError:
+        raise
+    except Exception as error:
+        # A full disk comes as OSError from Python, as an error of its own from a Rust library.
+        if not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
         raise StorageError(
-            f"cannot write {target}: {error.strerror or error}. "
+            f"cannot write {target}: {_reason(error)}. "
             f"Nothing was changed; free some space or choose another place."
         ) from error
     finally:
         shutil.rmtree(scratch_home, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if "No space left" in str(error):
+        return "no space left on the device"
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return (strerror or str(error)).strip().rstrip(".")

@@ -1,4 +1,4 @@
-"""The door: whatever a user hands in is checked once, here, and is a float32 matrix from then on."""
+"""The door: whatever a user hands in is checked once, here, and then is a float32 matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def as_matrix(
     `DimensionError` for the wrong number of columns.
     """
     try:
-        array = np.asanyarray(values)
+        array = np.asarray(values)  # a memory map stays mapped
     except ValueError as error:
         raise DataError(f"{name}: the rows have different lengths ({error}).") from error
     if array.dtype == object or array.dtype.kind not in "fiub":
@@ -67,6 +67,8 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
     """Return ids as int64 or str array ``(n,)`` without duplicates, or raise `DataError`."""
     array = np.asarray(ids)
     if array.dtype.kind in "iu":
+        if array.size and array.max() > np.iinfo(np.int64).max:
+            raise DataError(f"{name}: id {array.max()} does not fit int64; pass ids as strings.")
         array = array.astype(np.int64)
     elif array.dtype.kind in "OU":
         array = np.array([str(i) for i in array.ravel()], dtype=np.str_).reshape(array.shape)
@@ -74,7 +76,7 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
         raise DataError(f"{name}: ids are integers or strings, got dtype {array.dtype}.")
     if array.shape != (n,):
         raise DataError(f"{name}: {array.shape} ids for {n} rows; one id a row is needed.")
-    unique, first, counts = np.unique(array, return_index=True, return_counts=True)
+    unique, counts = np.unique(array, return_counts=True)
     if len(unique) != n:
         twice = int(np.flatnonzero(counts > 1)[0])
         rows = np.flatnonzero(array == unique[twice])[:2].tolist()
@@ -85,14 +87,28 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
     return array
 
 
-def normalise(
-    matrix: NDArray[np.float32], *, name: str = "embeddings"
-) -> NDArray[np.float32]:
+def normalise(matrix: NDArray[np.float32], *, name: str = "embeddings") -> NDArray[np.float32]:
     """L2-normalise the rows; a row without length is a `DataError` that names it."""
-    norms = np.linalg.norm(matrix, axis=1)
+    norms = row_lengths(matrix)
     if not norms.all():
         raise DataError(
             f"{name}: row {int(np.argmin(norms))} is all zeros at {matrix.shape[1]} dims, "
             f"so it cannot be normalised."
         )
-    return np.asarray(matrix / norms[:, None], dtype=np.float32)
+    unit = np.empty(matrix.shape, dtype=np.float32)
+    np.divide(matrix, norms[:, None], out=unit, casting="same_kind")
+    return unit
+
+
+def row_lengths(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return L2 lengths of the rows (n,), summed in float64: squares of float32 can overflow."""
+    return np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
+
+
+def row_off_unit(matrix: NDArray[np.float32]) -> int | None:
+    """Return the first row that is not of length 1 (to the rounding of float16), or None."""
+    for start in range(0, len(matrix), _BLOCK):
+        off = np.abs(row_lengths(matrix[start : start + _BLOCK]) - 1) > 1e-3
+        if off.any():
+            return start + int(np.argmax(off))
+    return None

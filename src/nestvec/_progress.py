@@ -11,14 +11,22 @@ _EVERY_S = 5.0  # seconds between plain lines
 
 
 @contextmanager
-def progress(label: str, total: int, *, show: bool = True, unit: str = "") -> Iterator[Callable[[int], None]]:
+def progress(
+    label: str, total: int, *, show: bool = True, unit: str = ""
+) -> Iterator[Callable[[int], None]]:
     """Yield ``advance(n)``; everything is written to stderr, so stdout stays for results."""
     if not show:
         yield lambda n: None
         return
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -40,6 +48,8 @@ def progress(label: str, total: int, *, show: bool = True, unit: str = "") -> It
         now = time.monotonic()
         if done >= total or now - last >= _EVERY_S:
             last = now
-            print(f"{label}: {done:,}/{total:,} {unit} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+            seconds = f"{now - start:.0f} s"
+            sys.stderr.write(f"{label}: {done:,}/{total:,} {unit} ({seconds})\n")
+            sys.stderr.flush()
 
     yield advance

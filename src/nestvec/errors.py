@@ -3,12 +3,12 @@
 ::
 
     NestvecError
-    ├── DataError (ValueError)            the values: NaN, Inf, zero rows, ragged, empty, duplicate ids
+    ├── DataError (ValueError)            the values: NaN, Inf, zero rows, ragged, empty, ids
     │   └── DimensionError                a size that does not exist here
     ├── SpaceError (ValueError)           a Space that is unknown, incomplete or wrongly declared
     │   └── SpaceMismatchError            two spaces were about to be compared
     ├── PlanError (ValueError)            a stage, cascade or plan that cannot be run or read
-    ├── FileFormatError (ValueError)      a file that is truncated, damaged or not what its name says
+    ├── FileFormatError (ValueError)      a file that is truncated, damaged or foreign
     ├── StorageError (OSError)            the disk said no: full, read-only, missing
     ├── ModelError (ValueError)           a model folder, hub id or checksum that is not right
     └── MissingExtraError (ImportError)   an optional dependency is not installed

@@ -16,7 +16,7 @@ from nestvec.errors import DataError, DimensionError, SpaceError
 from nestvec.space.space import Space
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Embeddings:
     """Vectors that know where they live.
 
@@ -42,19 +42,20 @@ class Embeddings:
 
     array: NDArray[np.float32]
     space: Space
-    ids: NDArray[Any] = None  # type: ignore[assignment]  # row numbers until __post_init__
+    ids: NDArray[Any]
 
-    def __post_init__(self) -> None:
-        matrix = _checks.as_matrix(self.array)
-        if matrix.shape[1] != self.space.size:
+    def __init__(self, array: ArrayLike, space: Space, ids: ArrayLike | None = None) -> None:
+        matrix = _checks.as_matrix(array)
+        if matrix.shape[1] != space.size:
             raise DimensionError(
-                f"{matrix.shape[1]} dims given for {self.space.label}: the vectors are not of "
-                f"this space."
+                f"{matrix.shape[1]} dims given for {space.label}: the vectors are not of this "
+                f"space."
             )
-        if self.space.has_unit_rows:
-            _check_unit_rows(matrix, self.space)
-        ids = np.arange(len(matrix)) if self.ids is None else self.ids
+        if space.has_unit_rows:
+            _check_unit_rows(matrix, space)
+        ids = np.arange(len(matrix)) if ids is None else ids
         object.__setattr__(self, "array", matrix)
+        object.__setattr__(self, "space", space)
         object.__setattr__(self, "ids", _checks.as_ids(ids, len(matrix)))
 
     def __len__(self) -> int:
@@ -66,7 +67,8 @@ class Embeddings:
     def __getitem__(self, rows: Any) -> Embeddings:
         """Return some rows, as Embeddings."""
         if isinstance(rows, (int, np.integer)):
-            rows = slice(rows, rows + 1 or None)
+            row = range(len(self))[rows]  # IndexError beyond the end, so that iterating ends
+            rows = slice(row, row + 1)
         return Embeddings(self.array[rows], self.space, self.ids[rows])
 
     @property
@@ -110,13 +112,18 @@ class Embeddings:
 
     def rows_of(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Return the row numbers of some ids; an unknown id is a `DataError`."""
-        wanted = np.asarray(ids, dtype=self.ids.dtype if self.ids.dtype.kind == "i" else np.str_)
+        wanted = np.asarray(ids)
+        if self.ids.dtype.kind != "i":
+            wanted = wanted.astype(np.str_)
+        elif wanted.dtype.kind not in "iu" and wanted.size:
+            raise DataError(f"ids here are integers, and {wanted.ravel()[0]!r} is none.")
         order = np.argsort(self.ids, kind="stable")
         at = np.searchsorted(self.ids, wanted, sorter=order)
         rows = order[np.minimum(at, len(order) - 1)]
         wrong = self.ids[rows] != wanted
         if wrong.any():
-            raise DataError(f"unknown id {wanted[wrong].ravel()[0]!r} ({int(wrong.sum())} in all).")
+            first = wanted[wrong].ravel()[0].item()
+            raise DataError(f"unknown id {first!r} ({int(wrong.sum())} in all).")
         return rows.astype(np.int64)
 
     def batches(self, size: int = 8192) -> Iterator[NDArray[np.float32]]:
@@ -135,7 +142,7 @@ class Embeddings:
         return files.save(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, space: Space | None = None) -> Embeddings:
+    def load(cls, path: str | os.PathLike[str], *, space: Space | str | None = None) -> Embeddings:
         """Read vectors with their stamp; a file without one needs ``space``.
 
         See `nestvec.load` for the formats and for what is refused.
@@ -146,12 +153,10 @@ class Embeddings:
 
 
 def _check_unit_rows(matrix: NDArray[np.float32], space: Space) -> None:
-    for start in range(0, len(matrix), 65_536):
-        norms = np.linalg.norm(matrix[start : start + 65_536], axis=1)
-        off = np.abs(norms - 1) > 1e-3  # float16 vectors are within 5e-4
-        if off.any():
-            row = start + int(np.argmax(off))
-            raise DataError(
-                f"row {row} has length {norms[row - start]:.4g}, but {space.label} holds vectors of "
-                f"length 1. Normalise them, or declare the space with normalisation='none'."
-            )
+    row = _checks.row_off_unit(matrix)
+    if row is not None:
+        length = _checks.row_lengths(matrix[row : row + 1])[0]
+        raise DataError(
+            f"row {row} has length {length:.4g}, but {space.label} holds vectors of "
+            f"length 1. Normalise them, or declare the space with normalisation='none'."
+        )

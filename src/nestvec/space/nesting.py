@@ -39,8 +39,8 @@ def parse_dims(dims: Iterable[int] | str, *, full: int | None = None) -> tuple[i
     >>> parse_dims("64, 16,32", full=384)
     (16, 32, 64)
     """
-    given: list[Any] = [d for d in dims.replace(",", " ").split()] if isinstance(dims, str) else list(dims)
     try:
+        given: list[Any] = dims.replace(",", " ").split() if isinstance(dims, str) else list(dims)
         sizes = sorted({int(d) for d in given})
         whole = all(int(d) == float(d) for d in given)
     except (TypeError, ValueError) as error:
@@ -60,7 +60,7 @@ def parse_dims(dims: Iterable[int] | str, *, full: int | None = None) -> tuple[i
 
 
 def halving(full: int, *, lowest: int = 16) -> tuple[int, ...]:
-    """Halve ``full`` down to ``lowest``, ``full`` included, on powers of two (arXiv 2205.13147, section 3).
+    """Return ``full`` and the powers of two below it down to ``lowest`` (arXiv 2205.13147).
 
     >>> halving(384)
     (16, 32, 64, 128, 256, 384)
@@ -98,8 +98,13 @@ def dims_from_config(folder: Path, *, full: int) -> tuple[int, ...] | None:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"{path} is not JSON ({error}); the model folder is damaged.") from error
+            raise ModelError(
+                f"{path} is not JSON ({error}); the model folder is damaged."
+            ) from error
         dims = config.get("matryoshka_dimensions") if isinstance(config, dict) else None
         if dims:
-            return tuple(sorted({*parse_dims(dims, full=full), full}))
+            try:
+                return tuple(sorted({*parse_dims(dims, full=full), full}))
+            except DimensionError as error:
+                raise ModelError(f"matryoshka_dimensions in {path}: {error}") from error
     return None

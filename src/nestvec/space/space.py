@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
+
+import numpy as np
 
 from nestvec.errors import DimensionError, SpaceError, SpaceMismatchError
 from nestvec.space.nesting import known_dims, parse_dims
 
-Metric = Literal["cosine", "dot"]
-Normalisation = Literal["l2", "none"]
-Precision = Literal["float32", "float16", "int8", "binary"]
+_ALLOWED = {
+    "metric": ("cosine", "dot"),
+    "normalisation": ("l2", "none"),
+    "precision": ("float32", "float16", "int8", "binary"),
+}
 
 #: The version of the stamp's layout in files.
 STAMP_VERSION = 1
@@ -46,11 +50,11 @@ class Space:
     model, revision
         Names for people; not hashed.
     metric
-        How vectors here are compared.
+        How vectors here are compared, ``"cosine"`` or ``"dot"``.
     nesting_dims
         Sizes the vectors were made to be cut to, rising; empty if nobody said.
     precision
-        Number format of the stored vectors.
+        Number format of the stored vectors: float32, float16, int8 or binary.
     """
 
     fingerprint: str
@@ -58,27 +62,28 @@ class Space:
     document_prompt: str = ""
     query_prompt: str = ""
     layer: int | None = None
-    normalisation: Normalisation = "l2"
+    normalisation: str = "l2"
     maps: tuple[str, ...] = ()
     cut: int | None = None
     model: str = field(default="", compare=False)
     revision: str = field(default="", compare=False)
-    metric: Metric = field(default="cosine", compare=False)
+    metric: str = field(default="cosine", compare=False)
     nesting_dims: tuple[int, ...] = field(default=(), compare=False)
-    precision: Precision = field(default="float32", compare=False)
+    precision: str = field(default="float32", compare=False)
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
             raise SpaceError("a Space needs a fingerprint; use Space.declared(name, dim=...).")
-        if int(self.dim) != self.dim or self.dim < 1:
+        if not isinstance(self.dim, (int, np.integer)) or self.dim < 1:
             raise DimensionError(f"a Space of dim {self.dim!r} does not exist; dim is >= 1.")
-        for name, value, allowed in (
-            ("metric", self.metric, get_args(Metric)),
-            ("normalisation", self.normalisation, get_args(Normalisation)),
-            ("precision", self.precision, get_args(Precision)),
-        ):
-            if value not in allowed:
-                raise SpaceError(f"{name} {value!r} is not one of {', '.join(allowed)}.")
+        for name in ("dim", "layer", "cut"):  # NumPy integers are not JSON
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise SpaceError(
+                    f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}."
+                )
         object.__setattr__(self, "maps", tuple(self.maps))
         if self.nesting_dims:
             dims = parse_dims(self.nesting_dims, full=self.dim)
