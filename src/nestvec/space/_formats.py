@@ -117,7 +117,8 @@ def _from_table(table: Any) -> Raw:
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
         raise DataError(f"row {row} of column {name!r} is null ({column.null_count} such rows).")
-    lengths = pa.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+    compute = require("pyarrow.compute", extra="index", why="reading Arrow files")
+    lengths = compute.list_value_length(column).to_numpy(zero_copy_only=False)
     if (lengths != lengths[0]).any():
         row = int(np.argmax(lengths != lengths[0]))
         raise DataError(

@@ -137,7 +137,7 @@ def _read(path: Path) -> _formats.Raw:
         raise
     except PermissionError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
-    except ImportError:
+    except (ImportError, AttributeError, NameError):  # ours, not the file's
         raise
     except DataError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -1,0 +1,131 @@
+"""What stands at a path is the old thing or the new thing, whatever happens in between."""
+
+import errno
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from nestvec import _atomic
+from nestvec._atomic import written_beside
+from nestvec.errors import StorageError
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()]
+
+
+def _folder(path, word):
+    path.mkdir()
+    (path / "inside").mkdir()
+    (path / "inside" / "word").write_text(word)
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    target = tmp_path / "new" / "x.txt"
+    for word in ("old", "new"):
+        with written_beside(target) as scratch:
+            scratch.write_text(word)
+        assert target.read_text() == word
+    assert _names(target.parent) == ["x.txt"]
+
+
+def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path):
+    target = tmp_path / "x"
+    for word in ("old", "new"):
+        with written_beside(target) as scratch:
+            _folder(scratch, word)
+        assert (target / "inside" / "word").read_text() == word
+    assert _names(tmp_path) == ["x"]
+
+
+def test_a_folder_is_replaced_where_names_cannot_be_swapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(_atomic, "_exchange", lambda a, b: False)
+    test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path)
+
+
+def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path):
+    target = tmp_path / "x"
+    _folder(target, "old")
+    if not _atomic._exchange(target, target):
+        pytest.skip("this file system has no exchange of names")
+    stop, missing = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            missing.append(not target.is_dir())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for word in map(str, range(50)):
+        with written_beside(target) as scratch:
+            _folder(scratch, word)
+    stop.set()
+    watcher.join()
+    assert len(missing) > 100
+    assert not any(missing)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_the_old_file_and_no_scratch(tmp_path, error):
+    target = tmp_path / "x"
+    target.write_text("old")
+
+    def fail():
+        with written_beside(target) as scratch:
+            scratch.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert target.read_text() == "old"
+    assert _names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("Error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_storage_error_whoever_says_so(tmp_path, error):
+    with (
+        pytest.raises(StorageError, match=r"x: no space left on the device. Nothing was changed"),
+        written_beside(tmp_path / "x"),
+    ):
+        raise error
+    assert _names(tmp_path) == []
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    target = tmp_path / "x"
+    _folder(target, "old")
+    with (
+        pytest.raises(StorageError, match="a folder of that name stands there"),
+        written_beside(target) as scratch,
+    ):
+        scratch.write_text("new")
+    assert (target / "inside" / "word").read_text() == "old"
+
+
+def test_a_place_that_is_no_folder_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"), written_beside(tmp_path / "file" / "x"):
+        pass
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    target = tmp_path / "x"
+    target.write_text("old")
+    code = (
+        "import os, signal, sys; from nestvec._atomic import written_beside\n"
+        "with written_beside(sys.argv[1]) as scratch:\n"
+        "    scratch.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(target)])
+    assert done.returncode == -signal.SIGKILL
+    assert target.read_text() == "old"
