@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 
 bin := .venv/bin
-pip := $(bin)/python -m pip --disable-pip-version-check --quiet
+pip := $(bin)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
