@@ -1,1 +1,87 @@
-"""(being built)"""
+"""Raw input to a Space: text through sentence-transformers, or any function of yours."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from nestvec.encoders.base import Encoder, EncodeReport, Role
+from nestvec.encoders.function import CallableEncoder
+from nestvec.encoders.text import TextEncoder
+from nestvec.errors import ModelError
+from nestvec.space import Embeddings
+
+__all__ = ["CallableEncoder", "EncodeReport", "Encoder", "TextEncoder", "encode", "encoder_of"]
+
+
+def encode(
+    texts: Sequence[str],
+    *,
+    model: Any = "all-MiniLM-L6-v2",
+    role: Role = "document",
+    ids: Any = None,
+    resume: str | os.PathLike[str] | None = None,
+    show_progress: bool | None = None,
+    **settings: Any,
+) -> Embeddings:
+    """Encode texts with a model.
+
+    Parameters
+    ----------
+    texts
+        Each with something in it.
+    model
+        A hub id, a local folder, a ``SentenceTransformer``, an `Encoder`, or any callable from a
+        list of texts to an array (say ``name=`` then). A model loaded by name stays loaded for the
+        next call.
+    role, ids, resume, show_progress
+        See `Encoder.encode`.
+    **settings
+        Of `TextEncoder` (``revision``, ``document_prompt``, ``batch_size``, ...), or of
+        `CallableEncoder` for a callable.
+
+    Returns
+    -------
+    Embeddings
+        ``array`` (n, dim) float32, in the order of ``texts``.
+
+    Raises
+    ------
+    DataError, ModelError, MissingExtraError
+        See `Encoder.encode` and `TextEncoder`.
+    """
+    encoder = encoder_of(model, **settings)
+    return encoder.encode(texts, role=role, ids=ids, resume=resume, show_progress=show_progress)
+
+
+def encoder_of(model: Any, **settings: Any) -> Encoder:
+    """Return the encoder for whatever names or is a model; see `encode`."""
+    if isinstance(model, Encoder):
+        if settings:
+            raise ModelError(
+                f"{', '.join(settings)}: these settings belong where the encoder is made."
+            )
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        given = os.fspath(model)
+        return _loaded(given, _changed(Path(given)), **settings)
+    if hasattr(model, "encode_document"):  # a SentenceTransformer, which is callable too
+        return TextEncoder(model, **settings)
+    if not callable(model):
+        raise ModelError(f"a {type(model).__name__} is no model: give a name, folder or function.")
+    if "name" not in settings:
+        raise ModelError("a function needs name=: the model whose vectors it returns.")
+    return CallableEncoder(cast(Any, model), **settings)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(model: str, changed: int, **settings: Any) -> TextEncoder:
+    return TextEncoder(model, **settings)
+
+
+def _changed(folder: Path) -> int:
+    """When anything in a model folder was last written, in ns; 0 for what is no folder."""
+    return max((p.stat().st_mtime_ns for p in folder.rglob("*")), default=0)

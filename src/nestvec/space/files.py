@@ -20,6 +20,9 @@ from nestvec.space import _formats
 from nestvec.space.embeddings import Embeddings
 from nestvec.space.space import Space
 
+#: The endings that `save` can write.
+STAMPED = tuple(_formats.WRITERS)
+
 
 def save(embeddings: Embeddings, path: str | os.PathLike[str]) -> Path:
     """Write vectors, ids and stamp; the ending of ``path`` chooses the format.
@@ -52,7 +55,7 @@ def save(embeddings: Embeddings, path: str | os.PathLike[str]) -> Path:
     if write is None:
         raise FileFormatError(
             f"cannot save to {path}: {_ending(path)} carries no stamp. "
-            f"Choose one of {', '.join(_formats.WRITERS)}."
+            f"Choose one of {', '.join(STAMPED)}."
         )
     stamp = json.dumps(embeddings.space.to_dict(), sort_keys=True)
     with written_beside(path) as scratch:

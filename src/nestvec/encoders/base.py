@@ -1,0 +1,258 @@
+"""What every encoder does around its model: sort by length, batch, show progress, resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nestvec import _checks
+from nestvec._atomic import written_beside
+from nestvec._progress import progress
+from nestvec.errors import DataError, FileFormatError
+from nestvec.space import Embeddings, Space, files
+
+Role = Literal["document", "query"]
+
+_CHUNK_BATCHES = 16  # batches kept together on disk; what an interruption can cost
+_SHOW_FROM = 512  # texts from which progress is shown if nobody said
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What the last `Encoder.encode` did.
+
+    ``n_texts`` texts, of which ``n_cut`` were longer than ``max_length`` tokens (prompt and special
+    tokens included) and lost their end, ``n_resumed`` were read from an earlier, interrupted run,
+    in ``seconds``.
+    """
+
+    n_texts: int
+    n_cut: int
+    max_length: int | None
+    n_resumed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.n_texts:,} texts in {self.seconds:.1f} s"
+        if self.n_resumed:
+            text += f", {self.n_resumed:,} of them from the interrupted run"
+        if self.max_length:
+            text += f"; {self.n_cut:,} were longer than {self.max_length} tokens and were cut there"
+        return text
+
+
+class Encoder(ABC):
+    """Texts in, Embeddings out. Subclasses say how a batch becomes vectors.
+
+    Attributes
+    ----------
+    space : Space
+        Where the vectors live.
+    source : str
+        Where the model came from, for people.
+    report : EncodeReport
+        What the last ``encode`` did.
+    """
+
+    source: str
+    batch_size: int
+    report = EncodeReport(0, 0, None, 0, 0.0)
+
+    @property
+    @abstractmethod
+    def space(self) -> Space: ...
+
+    def _look_again(self) -> None:
+        """Bring ``space`` up to date, if the model may have changed."""
+        return
+
+    @abstractmethod
+    def _vectors(self, texts: list[str], role: Role) -> ArrayLike:
+        """Return one row a text, before normalisation."""
+
+    @abstractmethod
+    def _lengths(self, texts: list[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
+        """Return the length of each text and the length at which it is cut (None: nowhere)."""
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        role: Role = "document",
+        ids: Any = None,
+        resume: str | os.PathLike[str] | None = None,
+        show_progress: bool | None = None,
+    ) -> Embeddings:
+        """Encode texts, longest first.
+
+        Parameters
+        ----------
+        texts
+            Each with something in it; the model's prompt for ``role`` is put before each.
+        role
+            ``"document"`` for what is stored, ``"query"`` for what is asked. Both live in one
+            Space.
+        ids : (n,) int or str, optional
+            Row numbers if not given.
+        resume
+            A folder where finished chunks (16 batches each) are kept, so that the same call after
+            an interruption goes on where it stopped. It is yours to remove; `encode_to` does.
+        show_progress
+            A bar on a terminal and plain lines elsewhere, on stderr. None shows it from 512 texts.
+
+        Returns
+        -------
+        Embeddings
+            ``array`` (n, dim) float32, in the order of ``texts``. `report` then tells how many
+            texts were cut.
+
+        Raises
+        ------
+        DataError
+            If there is no text, a text has no content, ids do not fit, or ``resume`` holds the
+            chunks of something else.
+        """
+        if role not in ("document", "query"):
+            raise DataError(f"role {role!r} is neither 'document' nor 'query'.")
+        texts = _checked(texts, ids)
+        if ids is not None:
+            ids = _checks.as_ids(ids, len(texts))
+        start = time.monotonic()
+        self._look_again()
+        space = self.space
+        show = len(texts) >= _SHOW_FROM if show_progress is None else show_progress
+        lengths, limit = self._lengths(texts, role)
+        order = np.argsort(-lengths, kind="stable")
+        store = None if resume is None else _Chunks(Path(resume), self._key(texts, role))
+        vectors = np.empty((len(texts), space.dim), dtype=np.float32)
+        n_resumed = 0
+        with progress(f"encoding {role}s", len(texts), show=show, unit="texts") as advance:
+            for number, rows in enumerate(_split(order, self.batch_size * _CHUNK_BATCHES)):
+                found = store.read(number, (len(rows), space.dim)) if store else None
+                if found is None:
+                    done = []
+                    for batch in _split(rows, self.batch_size):
+                        done.append(self._checked_vectors([texts[i] for i in batch], role, batch))
+                        advance(len(batch))
+                    found = np.concatenate(done)
+                    if store:
+                        store.write(number, found)
+                else:
+                    n_resumed += len(rows)
+                    advance(len(rows))
+                vectors[rows] = found
+        n_cut = 0 if limit is None else int((lengths > limit).sum())
+        self.report = EncodeReport(len(texts), n_cut, limit, n_resumed, time.monotonic() - start)
+        if show and n_cut:
+            sys.stderr.write(f"{self.report}\n")
+        return Embeddings(vectors, space, ids)
+
+    def encode_to(
+        self, path: str | os.PathLike[str], texts: Sequence[str], **options: Any
+    ) -> Embeddings:
+        """Encode into a stamped file; after an interruption the same call goes on.
+
+        Finished chunks wait in ``<path>.partial/``, which is removed once the file stands. The
+        options are those of `encode`, without ``resume``.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in files.STAMPED:  # said before the work, not after it
+            raise FileFormatError(
+                f"cannot save to {path}: choose one of {', '.join(files.STAMPED)}."
+            )
+        partial = path.with_name(f"{path.name}.partial")
+        embeddings = self.encode(texts, resume=partial, **options)
+        embeddings.save(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        return embeddings
+
+    def _checked_vectors(
+        self, texts: list[str], role: Role, rows: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        space = self.space
+        name = f"what the model returned for the batch of row {rows[0]}"
+        matrix = _checks.as_matrix(self._vectors(texts, role), name=name, dim=space.dim)
+        if len(matrix) != len(texts):
+            raise DataError(f"{name}: {len(matrix)} vectors for {len(texts)} texts.")
+        return _checks.normalise(matrix, name=name) if space.normalisation == "l2" else matrix
+
+    def _key(self, texts: list[str], role: Role) -> str:
+        """Hash everything that decides what a chunk holds."""
+        digest = hashlib.sha256(f"{self.space.space_id} {role} {self.batch_size}".encode())
+        for text in texts:
+            encoded = text.encode(errors="surrogatepass")
+            digest.update(b"%d:" % len(encoded))
+            digest.update(encoded)
+        return digest.hexdigest()
+
+
+class _Chunks:
+    """Finished chunks in a folder that belongs to one encoding."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        about = folder / "about.json"
+        if about.is_file():
+            try:
+                same = json.loads(about.read_text(encoding="utf-8"))["key"] == key
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise DataError(
+                    f"{folder} holds the chunks of another encoding (other texts, model, role or "
+                    f"batch size). Remove that folder to start anew, or name another one."
+                )
+        elif folder.exists() and (
+            not folder.is_dir()
+            or any(not p.name.startswith(".") for p in folder.iterdir())  # .x: a killed writer's
+        ):
+            raise DataError(f"{folder} is not a folder of chunks to resume from; name another one.")
+        else:
+            with written_beside(about) as scratch:
+                scratch.write_text(json.dumps({"key": key}), encoding="utf-8")
+
+    def read(self, number: int, shape: tuple[int, int]) -> NDArray[np.float32] | None:
+        try:
+            found = np.load(self._path(number), allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # not there yet, or damaged: encode it again
+            return None
+        return found if found.shape == shape and found.dtype == np.float32 else None
+
+    def write(self, number: int, vectors: NDArray[np.float32]) -> None:
+        with written_beside(self._path(number)) as scratch:
+            np.save(scratch, vectors)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.npy"
+
+
+def _split(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _checked(texts: Sequence[str], ids: Any) -> list[str]:
+    if isinstance(texts, (str, bytes)):
+        raise DataError("texts: one string given where a list of texts is expected; pass [text].")
+    found = list(texts)
+    if not found:
+        raise DataError("texts: empty; at least one text is needed.")
+    for row, text in enumerate(found):
+        if not isinstance(text, str) or not text.strip():
+            named = "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"
+            what = "has no content" if isinstance(text, str) else f"is a {type(text).__name__}"
+            raise DataError(
+                f"texts: row {row}{named} {what}, so there is nothing to embed. Drop it."
+            )
+    return found
