@@ -219,3 +219,35 @@ def test_a_process_killed_half_way_loses_no_finished_chunk(tmp_path, how):
     assert 240 <= encoder.report.n_resumed < 1000
     np.testing.assert_array_equal(resumed.array, encoder.encode(texts).array)
     assert not partial.exists()
+
+
+def test_a_file_is_reused_only_for_the_same_texts_ids_and_role(tmp_path):
+    calls = []
+
+    def watched(texts):
+        calls.append(len(texts))
+        return hashed(texts)
+
+    encoder = CallableEncoder(watched, name="m", dim=8, query_prompt="q: ")
+    path = tmp_path / "x.npz"
+
+    def encoded(texts, **more):
+        calls.clear()
+        got = encoder.encode_to(path, texts, reuse=True, **more)
+        np.testing.assert_array_equal(got.array, encoder.encode(texts, **more).array)
+        return len(calls) > 1  # the comparison is one call itself
+
+    assert encoded(TEXTS[:20])
+    assert not encoded(TEXTS[:20])
+    assert encoded([*TEXTS[:19], "changed"])
+    assert encoded([*TEXTS[:19], "changed"], ids=[f"i{n}" for n in range(20)])
+    assert encoded([*TEXTS[:19], "changed"], ids=[f"i{n}" for n in range(20)], role="query")
+    assert not encoded([*TEXTS[:19], "changed"], ids=[f"i{n}" for n in range(20)], role="query")
+
+
+def test_a_file_that_was_overwritten_is_not_taken_for_the_encoded_one(encoder, tmp_path):
+    path = tmp_path / "x.npz"
+    encoder.encode_to(path, TEXTS[:5], reuse=True)
+    CallableEncoder(hashed, name="other").encode_to(path, TEXTS[:5])
+    got = encoder.encode_to(path, TEXTS[:5], reuse=True)
+    assert got.space == encoder.space

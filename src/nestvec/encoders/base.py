@@ -34,12 +34,12 @@ class EncodeReport:
     """What the last `Encoder.encode` did.
 
     ``n_texts`` texts, of which ``n_cut`` were longer than ``max_length`` tokens (prompt and special
-    tokens included) and lost their end, ``n_resumed`` were read from an earlier, interrupted run,
-    in ``seconds``.
+    tokens included) and lost their end, ``n_resumed`` were read from an earlier run, in
+    ``seconds``. ``n_cut`` is None where nothing was encoded.
     """
 
     n_texts: int
-    n_cut: int
+    n_cut: int | None
     max_length: int | None
     n_resumed: int
     seconds: float
@@ -47,8 +47,8 @@ class EncodeReport:
     def __str__(self) -> str:
         text = f"{self.n_texts:,} texts in {self.seconds:.1f} s"
         if self.n_resumed:
-            text += f", {self.n_resumed:,} of them from the interrupted run"
-        if self.max_length:
+            text += f", {self.n_resumed:,} of them from an earlier run"
+        if self.max_length and self.n_cut is not None:
             text += f"; {self.n_cut:,} were longer than {self.max_length} tokens and were cut there"
         return text
 
@@ -160,21 +160,40 @@ class Encoder(ABC):
         return Embeddings(vectors, space, ids)
 
     def encode_to(
-        self, path: str | os.PathLike[str], texts: Sequence[str], **options: Any
+        self,
+        path: str | os.PathLike[str],
+        texts: Sequence[str],
+        *,
+        reuse: bool = False,
+        **options: Any,
     ) -> Embeddings:
         """Encode into a stamped file; after an interruption the same call goes on.
 
         Finished chunks wait in ``<path>.partial/``, which is removed once the file stands. The
-        options are those of `encode`, without ``resume``.
+        options are those of `encode`, without ``resume``. With ``reuse``, a file that this made
+        before of the same texts, ids, model and role is read instead; ``<path>.key`` remembers.
         """
         path = Path(path)
         if path.suffix.lower() not in files.STAMPED:  # said before the work, not after it
             raise FileFormatError(
                 f"cannot save to {path}: choose one of {', '.join(files.STAMPED)}."
             )
-        partial = path.with_name(f"{path.name}.partial")
+        texts = _checked(texts, options.get("ids"))
+        partial, known = (path.with_name(f"{path.name}.{end}") for end in ("partial", "key"))
+        self._look_again()
+        key = self._key(texts, options.get("role", "document"))
+        if reuse and path.exists() and known.is_file() and known.read_text() == key:
+            found = Embeddings.load(path, space=self.space)
+            ids = np.arange(len(texts)) if options.get("ids") is None else options["ids"]
+            if np.array_equal(found.ids, _checks.as_ids(ids, len(texts))):
+                self.report = EncodeReport(len(texts), None, None, len(texts), 0.0)
+                return found
+        known.unlink(missing_ok=True)
         embeddings = self.encode(texts, resume=partial, **options)
         embeddings.save(path)
+        if reuse:
+            with written_beside(known) as scratch:
+                scratch.write_text(key)
         shutil.rmtree(partial, ignore_errors=True)
         return embeddings
 
