@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nestvec.corpus import RetrievalSet, read_beir, read_texts
     from nestvec.encoders import CallableEncoder, TextEncoder, encode
     from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation, RandomRotation, load_map
-    from nestvec.measure import Curve, measure
+    from nestvec.measurement import Curve, measure
     from nestvec.search import (
         Cascade,
         Plan,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CallableEncoder": "nestvec.encoders",
     "Cascade": "nestvec.search",
-    "Curve": "nestvec.measure",
+    "Curve": "nestvec.measurement",
     "Embeddings": "nestvec.space",
     "MatryoshkaAdaptor": "nestvec.maps",
     "Plan": "nestvec.search",
@@ -45,7 +45,7 @@ _HOME = {
     "funnel_retrieval": "nestvec.search",
     "load": "nestvec.space.files",
     "load_map": "nestvec.maps",
-    "measure": "nestvec.measure",
+    "measure": "nestvec.measurement",
     "read_beir": "nestvec.corpus",
     "read_texts": "nestvec.corpus",
 }

@@ -1,0 +1,429 @@
+"""Encode once, slice many: score every method at every size, then resample them together."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nestvec._checks import normalise
+from nestvec._progress import progress
+from nestvec.errors import DataError, MissingExtraError, NestvecError
+from nestvec.measurement import baselines as ways
+from nestvec.measurement import bm25, bootstrap, label_free
+from nestvec.measurement.baselines import Candidate
+from nestvec.measurement.curve import KEYS, Curve
+from nestvec.measurement.tasks import (
+    ClassificationTask,
+    LabelFreeTask,
+    RetrievalTask,
+    STSTask,
+    Task,
+    Values,
+    unit,
+)
+from nestvec.search.exact import top_k
+from nestvec.space import Embeddings, halving, parse_dims
+
+RANK_ROWS = 25_600  # rows of a gallery whose rank and spectrum are computed, as in RankMe
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A candidate that has been scored, and may be forgotten: its price and its values."""
+
+    method: str
+    dim: int
+    precision: str | None
+    bytes_per_vector: int | None
+    macs: tuple[int, int] | None  # for each compared vector, and once a query
+    note: str
+    values: Values
+
+
+def measure(
+    docs: Embeddings | ArrayLike | None = None,
+    queries: Embeddings | ArrayLike | None = None,
+    qrels: Mapping[str, Mapping[str, int]] | None = None,
+    *,
+    task: RetrievalTask | ClassificationTask | STSTask | LabelFreeTask | None = None,
+    dims: Iterable[int] | str | None = None,
+    maps: Mapping[str, Any] | None = None,
+    baselines: bool | Iterable[str] = True,
+    texts: tuple[Sequence[str], Sequence[str]] | None = None,
+    dataset: str = "",
+    metrics: Sequence[str] | None = None,
+    k: int = 10,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Curve:
+    """Measure what vectors are worth at every size, beside every baseline.
+
+    With ``queries`` and ``qrels`` this is retrieval; without ``qrels`` it is how many of the full
+    size's neighbours each size keeps; any other task is given as ``task``.
+
+    Parameters
+    ----------
+    docs, queries
+        Embeddings of one Space (the ids are those of ``qrels``), or two arrays.
+    qrels
+        Query id -> document id -> grade; a grade > 0 is relevant.
+    task
+        A `RetrievalTask`, `ClassificationTask`, `STSTask` or `LabelFreeTask` instead of the three
+        above; it carries its own ``k`` and ``metrics``.
+    dims
+        Sizes to cut to, trained or not: measuring them is the point. By default the Space's
+        nesting dims, else the full size halved down to 16. The full size is always measured.
+    maps
+        Name -> fitted map (``transform`` takes Embeddings to Embeddings): each stands in the
+        table under its name. Baselines are computed on the vectors as given.
+    baselines
+        True: all that the installed extras allow. False: plain truncation only. Or their names,
+        among `nestvec.measurement.BASELINE_NAMES`.
+    texts
+        (texts of the documents, texts of the queries), in their order: adds BM25 and its fusion
+        with the full-size vectors. Retrieval only.
+    dataset
+        A name for the rows.
+    metrics
+        Retrieval metrics by their ir-measures names; the first is the primary one.
+    k
+        Cutoff of the default metrics, and number of neighbours.
+    n_resamples, seed
+        Of the bootstrap. ``seed`` draws everything else too.
+    show_progress
+        A bar on stderr, a step a method.
+
+    Returns
+    -------
+    Curve
+        Rows with value, 95% interval, paired difference to full size, bytes and multiply-adds.
+
+    Raises
+    ------
+    SpaceMismatchError
+        If the two sides live in two spaces.
+    DataError
+        If ids of the qrels are unknown, no query has a relevant document, or a matrix holds NaN,
+        Inf or rows without length.
+    MissingExtraError
+        If ``nestvec[measure]`` is not installed and retrieval is measured. A baseline whose extra
+        is missing is left out, and ``Curve.notes`` says so.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> vectors = rng.normal(size=(200, 32)) / np.arange(1, 33)  # energy in the first dims
+    >>> curve = measure(vectors, dims=(8, 16), baselines=False)
+    >>> round(curve.get("truncation", 16)["value"], 2)
+    0.88
+    """
+    work = _as_task(task, docs, queries, qrels, metrics, k, seed)
+    maps = dict(maps or {})
+    names = tuple(n for n in ways.chosen(baselines) if n not in maps)
+    taken = sorted({"full", *ways.NAMES[:1], *ways.NAMES[3:]} & set(maps))
+    if taken:
+        raise DataError(f"maps: {taken[0]!r} is the name of a baseline; choose another.")
+    if texts is not None and not isinstance(work, RetrievalTask):
+        raise DataError("texts are for BM25, which is a baseline of retrieval only.")
+    full = work.gallery.dim
+    sizes = _sizes(dims, work.gallery)
+    cuts = sizes[:-1]
+    gallery, asking = unit(work.gallery), unit(work.asking)
+    notes = list(work.notes)
+
+    nested = {"full": (gallery, asking)}  # method -> both sides at full size
+    steps: list[tuple[str, Callable[[], Iterator[Candidate]]]] = [
+        ("full", partial(ways.prefixes, "full", gallery, asking, (full,)))
+    ]
+    if "truncation" in names:
+        steps.append(("truncation", partial(ways.prefixes, "truncation", gallery, asking, cuts)))
+    for name in (n for n in names if n.endswith("_rotation")):
+        try:
+            nested[name] = ways.rotated(name, gallery, asking, seed=seed)
+        except MissingExtraError as error:
+            notes.append(f"{name} is not in the table: {error}")
+            continue
+        steps.append((name, partial(ways.prefixes, name, *nested[name], cuts)))
+    for name, fitted in maps.items():
+        sides = unit(fitted.transform(work.gallery)), unit(fitted.transform(work.asking))
+        nested[name] = sides
+        own = sorted({*(d for d in sizes if d <= sides[0].shape[1]), sides[0].shape[1]})
+        steps.append((name, partial(ways.prefixes, name, *sides, own)))
+        if "int8" in names:
+            steps.append((name, partial(ways.int8, name, *sides, own)))
+        if "binary" in names:
+            steps.append((name, partial(ways.binary, name, *sides, own)))
+    sides = (gallery, asking)
+    more: dict[str, Callable[[], Iterator[Candidate]]] = {
+        "int8": partial(ways.int8, "int8", *sides, sizes),
+        "binary": partial(ways.binary, "binary", *sides, sizes),
+        "product_quantisation": partial(ways.product_quantisation, *sides, sizes),
+        "csr": partial(ways.csr, *sides, cuts, seed=seed),
+    }
+    steps += [(name, more[name]) for name in names if name in more]
+
+    scored: list[Scored] = []
+    with progress("measure", len(steps), show=show_progress, unit="methods") as advance:
+        for name, candidates in steps:
+            try:
+                scored += [_scored(work, candidate) for candidate in candidates()]
+            except NestvecError as error:
+                if name not in more:
+                    raise
+                notes.append(f"{name} is not in the table: {error}")
+            advance(1)
+    if texts is not None and isinstance(work, RetrievalTask):
+        scored += _word_matching(work, texts, names, notes)
+
+    rows = _rows(work, scored, dataset=dataset, n_resamples=n_resamples, seed=seed)
+    sample = _sample(len(gallery), seed)
+    if isinstance(work, LabelFreeTask):
+        sampled = {method: side[sample] for method, (side, _) in nested.items()}
+        rows += _rank_rows(sampled, sizes, dataset=dataset, seed=seed)
+    meta = {
+        "dataset": dataset,
+        "task": type(work).__name__,
+        "metric": work.metrics[0],
+        "metrics": list(dict.fromkeys(r["metric"] for r in rows)),
+        "dims": list(sizes),
+        "deployable": [*(n for n in names if n == "truncation"), *maps],
+        "space": work.gallery.space.label,
+        "n_gallery": len(gallery),
+        "n_resamples": n_resamples,
+        "seed": seed,
+        "versions": _versions(),
+    }
+    spectra = {
+        name: label_free.spectrum(side[sample]).tolist()
+        for name, (side, _) in nested.items()
+        if not name.endswith("_rotation")  # a rotation changes no eigenvalue
+    }
+    curve = Curve(rows, meta, notes, spectra)
+    curve.notes += _worth_fitting(curve)
+    return curve
+
+
+def _worth_fitting(curve: Curve) -> list[str]:
+    """Say it if the principal rotation, a baseline here, would hold at a smaller size."""
+    size = (curve.cut() or {"dim": curve.full_dim})["dim"]
+    for row in curve.select():
+        if row["method"] == "principal_rotation" and row["dim"] < size and curve.holds(row):
+            return [
+                f"principal_rotation holds at {row['dim']} dims ({row['metric']} "
+                f"{row['value']:.3f}): fit a PrincipalRotation and pass it in maps= to serve it."
+            ]
+    return []
+
+
+def _as_task(
+    task: Task | None,
+    docs: Any,
+    queries: Any,
+    qrels: Any,
+    metrics: Sequence[str] | None,
+    k: int,
+    seed: int,
+) -> Task:
+    if task is not None:
+        if any(given is not None for given in (docs, queries, qrels, metrics)):
+            raise DataError("task= carries its own vectors, labels and metrics: pass only those.")
+        return task
+    if docs is None:
+        raise DataError("nothing to measure: pass docs, docs + queries + qrels, or task=.")
+    if qrels is None:
+        if metrics is not None:
+            raise DataError("metrics are for retrieval, and there are no qrels.")
+        return LabelFreeTask(docs, queries, k=k, seed=seed)
+    if queries is None:
+        raise DataError("qrels are given and queries are not: retrieval needs both.")
+    return RetrievalTask(docs, queries, qrels, k=k, metrics=tuple(metrics or ()))
+
+
+def _sizes(dims: Iterable[int] | str | None, gallery: Embeddings) -> tuple[int, ...]:
+    full = gallery.dim
+    if dims is None:
+        dims = gallery.space.nesting_dims or halving(full)
+    return tuple(sorted({*parse_dims(dims, full=full), full}))
+
+
+def _sample(n: int, seed: int) -> NDArray[np.int64]:
+    if n <= RANK_ROWS:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, RANK_ROWS, replace=False))
+
+
+def _scored(task: Task, way: Candidate) -> Scored:
+    return Scored(
+        way.method,
+        way.dim,
+        way.precision,
+        way.bytes_per_vector,
+        (way.macs_each, way.macs_once),
+        way.note,
+        task.score(way.queries, way.gallery),
+    )
+
+
+def _word_matching(
+    task: RetrievalTask,
+    texts: tuple[Sequence[str], Sequence[str]],
+    names: Sequence[str],
+    notes: list[str],
+) -> Iterator[Scored]:
+    """BM25, and its fusion with the full-size vectors."""
+    docs, queries = texts
+    if len(docs) != len(task.gallery) or len(queries) <= task.asked.max():
+        raise DataError(
+            f"texts: {len(docs)} documents and {len(queries)} queries given for "
+            f"{len(task.gallery)} and {task.asked.max() + 1} or more vectors; row i of one is "
+            f"row i of the other."
+        )
+    wanted = [n for n in ("bm25", "bm25_fusion") if n in names]
+    if not wanted:
+        return
+    depth = max(bm25.FUSION_DEPTH, task.depth)
+    try:
+        asked: list[int] = task.asked.tolist()
+        words = bm25.bm25(docs, [queries[row] for row in asked], depth)
+    except MissingExtraError as error:
+        notes.append(f"{' and '.join(wanted)} are not in the table: {error}")
+        return
+    full = task.gallery.dim
+    if "bm25" in wanted:
+        note = "k1=0.9, b=0.4, stemmed"
+        yield Scored("bm25", full, None, None, None, note, task.score_ranking(words))
+    if "bm25_fusion" in wanted:
+        dense, _ = top_k(unit(task.asking), unit(task.gallery), depth)
+        fused = bm25.reciprocal_rank_fusion(words, dense, n_docs=len(docs))
+        note = f"reciprocal ranks (k=60) of BM25 and the full {full} dims, {depth} each"
+        yield Scored("bm25_fusion", full, None, None, None, note, task.score_ranking(fused))
+
+
+def _rows(
+    task: Task, scored: Sequence[Scored], *, dataset: str, n_resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Resample every method on the same items; row 0 is the full size."""
+    columns = {}
+    for metric in task.metrics:
+        values = np.stack([s.values[metric] for s in scored])
+        estimate = bootstrap.resample(
+            values, task.statistic(metric), n_resamples=n_resamples, seed=seed
+        )
+        interval = estimate.interval()
+        columns[metric] = (estimate.value, *interval, *estimate.difference(to=0), values.shape[1])
+    rows = []
+    for at, one in enumerate(scored):
+        for metric, (value, low, high, diff, diff_low, diff_high, n) in columns.items():
+            macs = None
+            if one.macs is not None:
+                macs = one.macs[0] * task.n_compared(metric) + one.macs[1]
+            rows.append(
+                _row(
+                    dataset=dataset,
+                    method=one.method,
+                    dim=one.dim,
+                    precision=one.precision,
+                    metric=metric,
+                    value=value[at],
+                    low=low[at],
+                    high=high[at],
+                    difference=diff[at],
+                    difference_low=diff_low[at],
+                    difference_high=diff_high[at],
+                    n=n,
+                    seed=seed,
+                    bytes_per_vector=one.bytes_per_vector,
+                    macs_per_query=macs,
+                    note=one.note,
+                )
+            )
+    return rows
+
+
+def _rank_rows(
+    nested: Mapping[str, Matrix], sizes: Sequence[int], *, dataset: str, seed: int
+) -> list[dict[str, Any]]:
+    """RankMe of every prefix, and of every block between two sizes, with jackknife intervals."""
+    full = label_free.rankme_left_out(nested["full"], seed=seed)
+    rows = []
+    for method, side in nested.items():
+        plain = method == "full"
+        start = 0
+        for dim in [d for d in sizes if d <= side.shape[1]]:
+            whole = dim == side.shape[1]
+            name = "truncation" if plain and not whole else method
+            shared = {
+                "dataset": dataset,
+                "method": name,
+                "dim": dim,
+                "precision": "float32",
+                "n": len(side),
+                "seed": seed,
+                "bytes_per_vector": 4 * dim,
+                "macs_per_query": None,
+            }
+            if not (whole and method.endswith("_rotation")):  # there it is the full size's
+                left_out = label_free.rankme_left_out(normalise(side[:, :dim]), seed=seed)
+                value, low, high = label_free.jackknife(left_out)
+                difference = label_free.jackknife(left_out - full)
+                rows.append(
+                    _row(
+                        **shared,
+                        metric="rankme",
+                        value=value,
+                        low=low,
+                        high=high,
+                        difference=difference[0],
+                        difference_low=difference[1],
+                        difference_high=difference[2],
+                        note="uncentred rows, singular values, eps 1e-7",
+                    )
+                )
+            left_out = label_free.rankme_left_out(side[:, start:dim], seed=seed)
+            value, low, high = label_free.jackknife(left_out)
+            rows.append(
+                _row(
+                    **shared,
+                    metric="rankme_block",
+                    value=value,
+                    low=low,
+                    high=high,
+                    difference=None,
+                    difference_low=None,
+                    difference_high=None,
+                    note=f"numbers {start} to {dim - 1} of the full-size rows, {dim - start} dims",
+                )
+            )
+            start = dim
+    return rows
+
+
+def _row(**values: Any) -> dict[str, Any]:
+    """Return a row with every key in order, NumPy numbers and NaN made plain."""
+    row: dict[str, Any] = {}
+    for key in KEYS:
+        value = values.pop(key, None)
+        if isinstance(value, np.generic):
+            value = value.item()
+        row[key] = None if isinstance(value, float) and not math.isfinite(value) else value
+    assert not values, f"no such keys: {values}"
+    return row
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("nestvec", "numpy", "ir-measures", "faiss-cpu", "bm25s", "scikit-learn", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
