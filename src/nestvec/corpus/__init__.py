@@ -1,1 +1,20 @@
-"""(being built)"""
+"""Text and judgements to measure on: BEIR folders, the user's own files, docstrings."""
+
+from nestvec.corpus.beir import read_beir, read_qrels
+from nestvec.corpus.docstrings import docstrings
+from nestvec.corpus.own_text import read_texts
+from nestvec.corpus.passages import passages, summary_queries
+from nestvec.corpus.retrieval_set import Qrels, RetrievalSet, Texts, check_qrels
+
+__all__ = [
+    "Qrels",
+    "RetrievalSet",
+    "Texts",
+    "check_qrels",
+    "docstrings",
+    "passages",
+    "read_beir",
+    "read_qrels",
+    "read_texts",
+    "summary_queries",
+]
