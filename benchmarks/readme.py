@@ -9,9 +9,9 @@ A place to fill is a pair of markers; what stands between them is replaced::
 
 ``rows`` (one key or more, with commas) makes the lines. Then either ``columns``, one key whose
 values become columns, with ``show`` (default ``value``) in the cells; or ``show`` alone, a column
-each. ``key=value`` keeps the rows that have it (``key=a|b``: a or b); ``interval=yes`` puts low and
-high behind the value. A cell that more than one row would fill is an error: nothing is averaged in
-silence.
+each. ``key=value`` keeps the rows that have it (``a|b``: a or b; ``a*``: what begins with a);
+``interval=yes`` puts low and high behind the value. A cell that more than one row would fill is an
+error: nothing is averaged in silence.
 
 ``python benchmarks/readme.py`` writes, ``--check`` only says what is out of date.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def rows_of(name: str, options: dict[str, str]) -> list[Row]:
     rows = [
         row
         for row in _frame.read(name)["rows"]
-        if all(str(row.get(k)) in values for k, values in wanted.items())
+        if all(any(fnmatchcase(str(row.get(k)), v) for v in vs) for k, vs in wanted.items())
     ]
     if not rows:
         raise ValueError("no row fits")

@@ -65,8 +65,8 @@ def test_table_puts_sizes_across(results):
 
 def test_number_stands_in_its_sentence(results):
     _frame.write("fit", ROWS, {})
-    text = filled("it is <!-- number: fit; method=full -->?<!-- end -->.")
-    assert text == "it is <!-- number: fit; method=full -->0.400<!-- end -->."
+    text = filled("it is <!-- number: fit; method=f* -->?<!-- end -->.")
+    assert text == "it is <!-- number: fit; method=f* -->0.400<!-- end -->."
 
 
 def test_two_rows_for_one_cell_are_refused_with_what_tells_them_apart(results):
