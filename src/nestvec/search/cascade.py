@@ -28,6 +28,8 @@ class Stage:
     precision
         Number format of the gallery's vectors in this stage.
 
+    Examples
+    --------
     >>> Stage(64, 400, "int8")
     Stage.parse('64:int8@400')
     """
