@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from nestvec import _checks
 from nestvec._atomic import written_beside
 from nestvec.errors import FileFormatError, StorageError
-from nestvec.space import Embeddings, halving, parse_dims
+from nestvec.space import Embeddings, Space, halving, parse_dims
 
 _FORMAT_VERSION = 1
 _ARRAYS, _ABOUT = "map.safetensors", "map.json"
@@ -57,6 +57,9 @@ class FittedMap(TransformerMixin, BaseEstimator):
     def _map(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         raise NotImplementedError
 
+    def _space(self, old: Space) -> Space:
+        return old.mapped(self.content_hash, nesting_dims=self.dims_)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = []  # float32 out, whatever came in
@@ -66,7 +69,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
         """Return the matrix of an array or of Embeddings, checked; float32 is not copied."""
         if isinstance(X, Embeddings):
             X = X.array
-        X = validate_data(self, X, reset=reset, dtype="numeric", ensure_all_finite=False)
+        X = validate_data(self, X=X, reset=reset, dtype="numeric", ensure_all_finite=False)
         if np.iscomplexobj(X):
             raise ValueError("Complex data not supported")
         return _checks.as_matrix(X, name="X", allow_zero_rows=allow_zero_rows)
@@ -91,7 +94,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         if isinstance(X, Embeddings):
-            space = X.space.mapped(self.content_hash, nesting_dims=self.dims_)
+            space = self._space(X.space)
             rows = self._map(self._take(X, reset=False))
             return Embeddings(
                 _checks.normalise(rows) if space.has_unit_rows else rows, space, X.ids

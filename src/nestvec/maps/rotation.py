@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +84,15 @@ class PrincipalRotation(_Rotation):
                 delattr(self, name)
 
     def _add(self, X: Any, *, first: bool) -> None:
-        array = X.array if isinstance(X, Embeddings) else X
+        array = cast(Any, X.array if isinstance(X, Embeddings) else X)
         # Blocks are converted one at a time below: a float64 memory map must not be copied whole.
-        rows = validate_data(
-            self, array, reset=first, dtype="numeric", ensure_all_finite=False, accept_sparse=False
+        rows: Any = validate_data(
+            self,
+            X=array,
+            reset=first,
+            dtype="numeric",
+            ensure_all_finite=False,
+            accept_sparse=False,
         )
         dim = rows.shape[1]
         self._set_dims(self.dims, dim)
