@@ -13,6 +13,7 @@ from tiny_model import WORDS, build
 import nestvec as nv
 from nestvec import encoders
 from nestvec.encoders import TextEncoder, bundled
+from nestvec.encoders.fingerprint import fingerprint
 from nestvec.errors import DataError, ModelError
 
 st = pytest.importorskip("sentence_transformers", reason="nestvec[text]")
@@ -115,10 +116,12 @@ def test_the_space_is_the_same_from_folder_copy_hub_and_memory(encoder, tiny, hu
     assert {e.space.space_id for e in others} == {encoder.space.space_id}
 
 
-def test_the_space_does_not_change_by_encoding(tiny):
-    fresh = TextEncoder(st.SentenceTransformer(str(tiny), device="cpu"), batch_size=2)
-    before = fresh.space.space_id
-    assert fresh.encode(["lift", "a much longer text of the wing"]).space.space_id == before
+def test_the_fingerprint_does_not_change_by_encoding(tiny):
+    model = st.SentenceTransformer(str(tiny), device="cpu")
+    before = fingerprint(model)
+    model.encode(["lift", "a much longer text of the wing"])
+    model.tokenizer(["lift"], truncation=True, max_length=3, padding="max_length")
+    assert fingerprint(model) == before
 
 
 def test_the_space_is_the_same_in_another_process(encoder, tiny):
