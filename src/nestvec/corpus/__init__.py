@@ -1,6 +1,6 @@
 """Text and judgements to measure on: BEIR folders, the user's own files, docstrings."""
 
-from nestvec.corpus.beir import read_beir, read_qrels
+from nestvec.corpus.beir import read_beir, read_beir_texts, read_qrels
 from nestvec.corpus.docstrings import docstrings
 from nestvec.corpus.own_text import read_texts
 from nestvec.corpus.passages import passages, summary_queries
@@ -14,6 +14,7 @@ __all__ = [
     "docstrings",
     "passages",
     "read_beir",
+    "read_beir_texts",
     "read_qrels",
     "read_texts",
     "summary_queries",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nestvec.corpus._lines import lines_of
-from nestvec.corpus.retrieval_set import Qrels, RetrievalSet
+from nestvec.corpus.retrieval_set import Qrels, RetrievalSet, Texts
 from nestvec.errors import DataError, FileFormatError, StorageError
 
 
@@ -38,7 +38,7 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> RetrievalS
     qrels = read_qrels(_split(folder, split))
     doc_ids, doc_texts, dropped = [], [], []
     for one, row in _rows(corpus):
-        text = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+        text = _document(row)
         if text:
             doc_ids.append(one)
             doc_texts.append(text)
@@ -55,6 +55,25 @@ def read_beir(folder: str | os.PathLike[str], split: str = "test") -> RetrievalS
     return RetrievalSet(
         folder.resolve().name, doc_ids, doc_texts, query_ids, query_texts, qrels, tuple(dropped)
     )
+
+
+def read_beir_texts(folder: str | os.PathLike[str], role: str = "document") -> Texts:
+    """Read the documents of a BEIR folder, or with ``role="query"`` its queries, of every split.
+
+    Texts are as `read_beir` has them; those without any content are left out. Raises its errors,
+    and `DataError` if nothing is left.
+    """
+    folder = Path(folder)
+    path = _find(folder, "queries.jsonl" if role == "query" else "corpus.jsonl")
+    ids, texts = [], []
+    for one, row in _rows(path):
+        text = str(row.get("text") or "") if role == "query" else _document(row)
+        if text.strip():
+            ids.append(one)
+            texts.append(text.strip())
+    if not ids:
+        raise DataError(f"{path}: no text in it.")
+    return Texts(ids, texts)
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
@@ -87,6 +106,10 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     if not qrels:
         raise DataError(f"{path}: no judgements in it.")
     return qrels
+
+
+def _document(row: dict[str, Any]) -> str:
+    return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -24,6 +24,7 @@ from nestvec.errors import DataError, FileFormatError
 from nestvec.space import Embeddings, Space, files
 
 Role = Literal["document", "query"]
+PLURAL = {"document": "documents", "query": "queries"}
 
 _CHUNK_BATCHES = 16  # batches kept together on disk; what an interruption can cost
 _SHOW_FROM = 512  # texts from which progress is shown if nobody said
@@ -138,7 +139,7 @@ class Encoder(ABC):
         store = None if resume is None else _Chunks(Path(resume), self._key(texts, role))
         vectors = np.empty((len(texts), space.dim), dtype=np.float32)
         n_resumed = 0
-        with progress(f"encoding {role}s", len(texts), show=show, unit="texts") as advance:
+        with progress(f"encoding {PLURAL[role]}", len(texts), show=show, unit="texts") as advance:
             for number, rows in enumerate(_split(order, self.batch_size * _CHUNK_BATCHES)):
                 found = store.read(number, (len(rows), space.dim)) if store else None
                 if found is None:
@@ -155,8 +156,8 @@ class Encoder(ABC):
                 vectors[rows] = found
         n_cut = 0 if limit is None else int((lengths > limit).sum())
         self.report = EncodeReport(len(texts), n_cut, limit, n_resumed, time.monotonic() - start)
-        if show and n_cut:
-            sys.stderr.write(f"{self.report}\n")
+        if show:
+            sys.stderr.write(f"{PLURAL[role]}: {self.report}\n")
         return Embeddings(vectors, space, ids)
 
     def encode_to(
@@ -187,6 +188,8 @@ class Encoder(ABC):
             ids = np.arange(len(texts)) if options.get("ids") is None else options["ids"]
             if np.array_equal(found.ids, _checks.as_ids(ids, len(texts))):
                 self.report = EncodeReport(len(texts), None, None, len(texts), 0.0)
+                if options.get("show_progress"):
+                    sys.stderr.write(f"{path}: the same {len(texts):,} texts, read again\n")
                 return found
         known.unlink(missing_ok=True)
         embeddings = self.encode(texts, resume=partial, **options)

@@ -1,0 +1,103 @@
+"""What every command shares: how it prints, how it reads vectors, how it says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from nestvec.errors import NestvecError, StorageError
+from nestvec.space import Space
+
+out = Console(soft_wrap=True)  # results: stdout
+log = Console(stderr=True, soft_wrap=True, highlight=False)  # the way there: stderr
+
+Role = Literal["document", "query"]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        help="Which model made vectors that carry no stamp (.npy, .csv, ...), like "
+        "text-embedding-3-small.",
+        show_default=False,
+    ),
+]
+Dims = Annotated[
+    str | None,
+    typer.Option(
+        help="Nesting dims, like 16,32,64,128. By default the ones the vectors carry, else halving."
+    ),
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn our errors into one sentence and exit code 2, and Ctrl-C into exit code 130."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except NestvecError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            log.print("\ninterrupted: what was finished is kept, the same command goes on from it.")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # the reader (head, less) has left; keep Python from complaining at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong on stderr and exit with 2."""
+    log.print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(2)
+
+
+def note(message: str) -> None:
+    """Say on stderr how the work goes."""
+    log.print(escape(message))
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(values, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a text file line by line; ``-`` is stdin."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read {path}: {error}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def describe(space: Space) -> dict[str, Any]:
+    """Return what a person asks first about a Space."""
+    return {
+        "space_id": space.space_id,
+        "model": space.model,
+        "revision": space.revision,
+        "dim": space.size,
+        "nesting_dims": list(space.nesting_dims),
+        "maps": list(space.maps),
+    }
