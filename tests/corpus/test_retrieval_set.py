@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nestvec.corpus import RetrievalSet, Texts, read_beir, read_qrels
+from nestvec.corpus import RetrievalSet, Texts, read_beir, read_beir_texts, read_qrels
 from nestvec.errors import DataError, FileFormatError, StorageError
 
 DOCS = [
@@ -43,6 +43,15 @@ def test_a_document_without_text_is_named_and_its_judgement_stays(tmp_path):
     got = read_beir(_write(tmp_path))
     assert got.dropped == ("d3",)
     assert got.qrels == {"q1": {"d1": 2, "d3": 1, "d4": 0}}
+
+
+def test_documents_or_all_queries_of_a_beir_folder_are_texts(tmp_path):
+    folder = _write(tmp_path)
+    documents, queries = read_beir_texts(folder), read_beir_texts(folder, "query")
+    assert (documents.ids, documents.texts) == (["d1", "d2", "d4"], read_beir(folder).doc_texts)
+    assert queries.ids == ["q1", "q2"]
+    with pytest.raises(DataError, match="no text in it"):
+        read_beir_texts(_write(tmp_path, docs=[DOCS[2]]))
 
 
 @pytest.mark.parametrize(

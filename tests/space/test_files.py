@@ -20,7 +20,7 @@ from nestvec.errors import (
     SpaceMismatchError,
     StorageError,
 )
-from nestvec.space import Embeddings, Space, files
+from nestvec.space import Embeddings, Space, _formats, files
 
 STAMPED = [".safetensors", ".npz", ".parquet", ".arrow", ".feather", ".lance"]
 SPACE = Space(
@@ -399,5 +399,5 @@ def test_a_killed_writer_leaves_the_old_file(vectors, end, tmp_path):
 
 
 def test_every_format_that_is_written_is_read():
-    assert set(files._formats.WRITERS) <= set(files._formats.READERS)
-    assert sorted(files._formats.WRITERS) == sorted(STAMPED)
+    assert set(_formats.WRITERS) <= set(_formats.READERS)
+    assert sorted(files.STAMPED) == sorted(STAMPED)

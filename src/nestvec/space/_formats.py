@@ -71,7 +71,8 @@ def _write_npz(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str)
 
 
 def _read_npz(path: Path) -> Raw:
-    with np.load(path, allow_pickle=False) as file:
+    # opened here, because numpy leaves a damaged file open
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
         stamp = str(file[_STAMP]) if _STAMP in file.files else None
         names = [n for n in file.files if n not in (_STAMP, *_IDS)]
         array = file[_only(names, _VECTORS, "arrays")]
