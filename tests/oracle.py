@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import scipy.stats
 
 
 def unit(vector):
@@ -42,3 +43,49 @@ def cascade_by_hand(queries, gallery, stages):
             alive = sorted(alive, key=lambda row: (-np.float32(score[row]), row))[:keep]
         found.append(alive)
     return np.array(found)
+
+
+def ndcg_by_hand(ranking, grades, k):
+    """Linear gains, log2(rank + 1) discount, divided by the best order of all judged documents."""
+
+    def dcg(gains):
+        return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], start=1))
+
+    best = dcg(sorted((max(g, 0) for g in grades.values()), reverse=True))
+    return dcg([max(grades.get(doc, 0), 0) for doc in ranking]) / best
+
+
+def recall_by_hand(ranking, grades, k):
+    relevant = {doc for doc, grade in grades.items() if grade > 0}
+    return len(relevant & set(ranking[:k])) / len(relevant)
+
+
+def average_precision_by_hand(ranking, grades, k):
+    """Precision at each relevant rank <= k, summed, over the number of all relevant documents."""
+    relevant = {doc for doc, grade in grades.items() if grade > 0}
+    total = 0.0
+    for rank, doc in enumerate(ranking[:k], start=1):
+        if doc in relevant:
+            total += len(relevant & set(ranking[:rank])) / rank
+    return total / len(relevant)
+
+
+def neighbours_by_hand(vectors, k):
+    """Nearest other rows by inner product, ties to the lower row."""
+    found = []
+    for i in range(len(vectors)):
+        others = [j for j in range(len(vectors)) if j != i]
+        others.sort(key=lambda j: (-float(np.dot(vectors[i], vectors[j])), j))
+        found.append(others[:k])
+    return found
+
+
+def rankme_by_hand(matrix):
+    sigma = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    p = sigma / sigma.sum() + 1e-7
+    return math.exp(-sum(x * math.log(x) for x in p))
+
+
+def spearman(one, other):
+    """Pearson's correlation of the ranks, ties at their mean rank; scipy wrote it out for us."""
+    return float(scipy.stats.spearmanr(one, other)[0])  # type: ignore[arg-type]

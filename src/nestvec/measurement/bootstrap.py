@@ -30,7 +30,7 @@ def spearman(gold: ArrayLike) -> Statistic:
     """Return the statistic "Spearman's rank correlation with ``gold`` (n_items,)".
 
     Ties get the mean of their ranks, as in ``scipy.stats.spearmanr``; a pair drawn twice is a tie
-    with itself. Where one side is constant the correlation is NaN.
+    with itself. A constant side orders nothing: its correlation is 0, where scipy says NaN.
     """
     gold = np.asarray(gold, np.float64)
 
@@ -42,8 +42,9 @@ def spearman(gold: ArrayLike) -> Statistic:
         for row, value in enumerate(values):
             centred = _weighted_ranks(value, counts) - (total[:, None] + 1) / 2
             length = np.sqrt((counts * centred**2).sum(axis=1))
-            with np.errstate(invalid="ignore"):
-                out[:, row] = (counts * centred * centred_gold).sum(axis=1) / length / gold_length
+            both = length * gold_length
+            product = (counts * centred * centred_gold).sum(axis=1)
+            out[:, row] = np.divide(product, both, out=np.zeros(len(counts)), where=both > 0)
         return out
 
     return correlation
@@ -77,7 +78,7 @@ class Estimate:
 
 
 def _percentiles(draws: Array) -> tuple[Array, Array]:
-    low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return low, high
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,20 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nestvec._checks import normalise
 from nestvec._progress import progress
 from nestvec.errors import DataError, MissingExtraError, NestvecError
 from nestvec.measurement import baselines as ways
-from nestvec.measurement import bm25, bootstrap, label_free
+from nestvec.measurement import bm25, label_free
 from nestvec.measurement.baselines import Candidate
-from nestvec.measurement.curve import KEYS, Curve
+from nestvec.measurement.curve import Curve
+from nestvec.measurement.rows import Scored, quality_rows, rank_rows
 from nestvec.measurement.tasks import (
     ClassificationTask,
     LabelFreeTask,
     RetrievalTask,
     STSTask,
     Task,
-    Values,
     unit,
 )
 from nestvec.search.exact import top_k
@@ -35,19 +32,6 @@ from nestvec.space import Embeddings, halving, parse_dims
 RANK_ROWS = 25_600  # rows of a gallery whose rank and spectrum are computed, as in RankMe
 
 Matrix = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """A candidate that has been scored, and may be forgotten: its price and its values."""
-
-    method: str
-    dim: int
-    precision: str | None
-    bytes_per_vector: int | None
-    macs: tuple[int, int] | None  # for each compared vector, and once a query
-    note: str
-    values: Values
 
 
 def measure(
@@ -126,7 +110,7 @@ def measure(
     >>> vectors = rng.normal(size=(200, 32)) / np.arange(1, 33)  # energy in the first dims
     >>> curve = measure(vectors, dims=(8, 16), baselines=False)
     >>> round(curve.get("truncation", 16)["value"], 2)
-    0.88
+    0.94
     """
     work = _as_task(task, docs, queries, qrels, metrics, k, seed)
     maps = dict(maps or {})
@@ -186,11 +170,11 @@ def measure(
     if texts is not None and isinstance(work, RetrievalTask):
         scored += _word_matching(work, texts, names, notes)
 
-    rows = _rows(work, scored, dataset=dataset, n_resamples=n_resamples, seed=seed)
+    rows = quality_rows(work, scored, dataset=dataset, n_resamples=n_resamples, seed=seed)
     sample = _sample(len(gallery), seed)
     if isinstance(work, LabelFreeTask):
         sampled = {method: side[sample] for method, (side, _) in nested.items()}
-        rows += _rank_rows(sampled, sizes, dataset=dataset, seed=seed)
+        rows += rank_rows(sampled, sizes, dataset=dataset, seed=seed)
     meta = {
         "dataset": dataset,
         "task": type(work).__name__,
@@ -302,123 +286,12 @@ def _word_matching(
     full = task.gallery.dim
     if "bm25" in wanted:
         note = "k1=0.9, b=0.4, stemmed"
-        yield Scored("bm25", full, None, None, None, note, task.score_ranking(words))
+        yield Scored("bm25", None, None, None, None, note, task.score_ranking(words))
     if "bm25_fusion" in wanted:
         dense, _ = top_k(unit(task.asking), unit(task.gallery), depth)
         fused = bm25.reciprocal_rank_fusion(words, dense, n_docs=len(docs))
         note = f"reciprocal ranks (k=60) of BM25 and the full {full} dims, {depth} each"
         yield Scored("bm25_fusion", full, None, None, None, note, task.score_ranking(fused))
-
-
-def _rows(
-    task: Task, scored: Sequence[Scored], *, dataset: str, n_resamples: int, seed: int
-) -> list[dict[str, Any]]:
-    """Resample every method on the same items; row 0 is the full size."""
-    columns = {}
-    for metric in task.metrics:
-        values = np.stack([s.values[metric] for s in scored])
-        estimate = bootstrap.resample(
-            values, task.statistic(metric), n_resamples=n_resamples, seed=seed
-        )
-        interval = estimate.interval()
-        columns[metric] = (estimate.value, *interval, *estimate.difference(to=0), values.shape[1])
-    rows = []
-    for at, one in enumerate(scored):
-        for metric, (value, low, high, diff, diff_low, diff_high, n) in columns.items():
-            macs = None
-            if one.macs is not None:
-                macs = one.macs[0] * task.n_compared(metric) + one.macs[1]
-            rows.append(
-                _row(
-                    dataset=dataset,
-                    method=one.method,
-                    dim=one.dim,
-                    precision=one.precision,
-                    metric=metric,
-                    value=value[at],
-                    low=low[at],
-                    high=high[at],
-                    difference=diff[at],
-                    difference_low=diff_low[at],
-                    difference_high=diff_high[at],
-                    n=n,
-                    seed=seed,
-                    bytes_per_vector=one.bytes_per_vector,
-                    macs_per_query=macs,
-                    note=one.note,
-                )
-            )
-    return rows
-
-
-def _rank_rows(
-    nested: Mapping[str, Matrix], sizes: Sequence[int], *, dataset: str, seed: int
-) -> list[dict[str, Any]]:
-    """RankMe of every prefix, and of every block between two sizes, with jackknife intervals."""
-    full = label_free.rankme_left_out(nested["full"], seed=seed)
-    rows = []
-    for method, side in nested.items():
-        plain = method == "full"
-        start = 0
-        for dim in [d for d in sizes if d <= side.shape[1]]:
-            whole = dim == side.shape[1]
-            name = "truncation" if plain and not whole else method
-            shared = {
-                "dataset": dataset,
-                "method": name,
-                "dim": dim,
-                "precision": "float32",
-                "n": len(side),
-                "seed": seed,
-                "bytes_per_vector": 4 * dim,
-                "macs_per_query": None,
-            }
-            if not (whole and method.endswith("_rotation")):  # there it is the full size's
-                left_out = label_free.rankme_left_out(normalise(side[:, :dim]), seed=seed)
-                value, low, high = label_free.jackknife(left_out)
-                difference = label_free.jackknife(left_out - full)
-                rows.append(
-                    _row(
-                        **shared,
-                        metric="rankme",
-                        value=value,
-                        low=low,
-                        high=high,
-                        difference=difference[0],
-                        difference_low=difference[1],
-                        difference_high=difference[2],
-                        note="uncentred rows, singular values, eps 1e-7",
-                    )
-                )
-            left_out = label_free.rankme_left_out(side[:, start:dim], seed=seed)
-            value, low, high = label_free.jackknife(left_out)
-            rows.append(
-                _row(
-                    **shared,
-                    metric="rankme_block",
-                    value=value,
-                    low=low,
-                    high=high,
-                    difference=None,
-                    difference_low=None,
-                    difference_high=None,
-                    note=f"numbers {start} to {dim - 1} of the full-size rows, {dim - start} dims",
-                )
-            )
-            start = dim
-    return rows
-
-
-def _row(**values: Any) -> dict[str, Any]:
-    """Return a row with every key in order, NumPy numbers and NaN made plain."""
-    row: dict[str, Any] = {}
-    for key in KEYS:
-        value = values.pop(key, None)
-        if isinstance(value, np.generic):
-            value = value.item()
-        row[key] = None if isinstance(value, float) and not math.isfinite(value) else value
-    assert not values, f"no such keys: {values}"
-    return row
 
 
 def _versions() -> dict[str, str]:

@@ -74,6 +74,7 @@ class SparseCoder:
         start = gallery[rng.integers(n, size=self.hidden)] - centre
         start += 0.01 * rng.standard_normal(start.shape, dtype=np.float32)  # rows drawn twice
         start /= np.linalg.norm(start, axis=1, keepdims=True)
+        start *= _best_scale(gallery[: self.batch_size] - centre, start, k)
         W, b, c = (
             torch.tensor(values, requires_grad=True)
             for values in (start, centre, np.zeros(self.hidden, np.float32))
@@ -108,20 +109,29 @@ class SparseCoder:
         self.weight_, self.bias_, self.shift_ = (p.detach().numpy() for p in (W, b, c))
         return self
 
-    def transform(self, rows: Matrix) -> Matrix:
-        """Return the codes of ``rows``, (n, hidden) float32, at most ``active`` nonzero a row."""
+    def latents(self, rows: Matrix) -> Matrix:
+        """Return the ``active`` largest latents of ``rows``, (n, hidden), all others 0."""
         latents = np.maximum((rows - self.bias_) @ self.weight_.T + self.shift_, 0)
         k = min(self.active, self.hidden)
         keep = np.argpartition(latents, -k, axis=1)[:, -k:]
-        codes = np.zeros_like(latents)
-        np.put_along_axis(codes, keep, np.take_along_axis(latents, keep, axis=1), axis=1)
+        kept = np.zeros_like(latents)
+        np.put_along_axis(kept, keep, np.take_along_axis(latents, keep, axis=1), axis=1)
+        return kept
+
+    def transform(self, rows: Matrix) -> Matrix:
+        """Return the codes of ``rows``: `latents` of length 1, rounded to float16."""
+        codes = self.latents(rows)
         length = np.linalg.norm(codes, axis=1, keepdims=True)
         codes /= np.where(length > 0, length, 1)
         return codes.astype(np.float16).astype(np.float32)
 
-    def decode(self, latents: Matrix) -> Matrix:
-        """Return what unnormalised latents (n, hidden) stand for, (n, dim)."""
-        return latents @ self.weight_ + self.bias_
+
+def _best_scale(rows: Matrix, weight: Matrix, k: int) -> np.float32:
+    """Scale of tied weights that reconstructs ``rows`` best: k unit rows alike would overshoot."""
+    latents = np.maximum(rows @ weight.T, 0)
+    latents[latents < np.partition(latents, -k, axis=1)[:, [-k]]] = 0
+    guess = latents @ weight
+    return np.sqrt((rows * guess).sum() / np.square(guess).sum())
 
 
 def _error(x: Any, guess: Any) -> Any:
