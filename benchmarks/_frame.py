@@ -89,6 +89,7 @@ def meta(*, seeds: Sequence[int], data: Iterable[str] = (), **more: Any) -> dict
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "threads": threads(),
+        "load_before": round(os.getloadavg()[0], 2),  # rates beside a busy neighbour say little
         "seeds": list(seeds),
         "versions": _versions(),
         "data": _checksums(data),

@@ -33,7 +33,7 @@ SEED = 0
 FRESH = 10_000
 SHARE_AT = 64  # dims
 ROWS = 1_000_000
-INCREMENTAL_ROWS = 200_000  # it takes seconds a block; its rate does not depend on how many
+INCREMENTAL_ROWS = 100_000  # it takes seconds a block; its rate does not depend on how many
 
 OURS = "principal_rotation"
 NOTES = {
