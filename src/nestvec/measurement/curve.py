@@ -185,13 +185,14 @@ class Curve:
 
         metric = metric or self.meta["metric"]
         about = " on ".join(t for t in (metric, self.meta["dataset"]) if t)
-        table = Table(title=about, caption=self.verdict(tolerance=tolerance), title_justify="left")
+        primary = metric == self.meta["metric"]
+        caption = f"bold: surely within {tolerance:.0%} of the full size" if primary else None
+        table = Table(title=about, caption=caption, title_justify="left", caption_justify="left")
         table.add_column("method", no_wrap=True)
         table.add_column("bytes", no_wrap=True)
         dims = self.meta["dims"]
         for dim in dims:
             table.add_column(str(dim), justify="right", no_wrap=True)
-        primary = metric == self.meta["metric"]
         for method, size, cells in self.grid(metric):
             texts = [
                 Text(

@@ -57,7 +57,7 @@ def _svg(figure: Any, about: str) -> str:
     """Return the figure as an ``<svg>`` element whose text stays text and follows the page."""
     from matplotlib import rc_context
 
-    # A black drawn by matplotlib becomes the colour of the page's text, light or dark.
+    # What matplotlib draws in black becomes the colour of the page's text, light or dark.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": about, "font.family": "sans-serif"}):
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

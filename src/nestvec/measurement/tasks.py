@@ -244,7 +244,7 @@ class LabelFreeTask(Task):
         Neighbours: ``neighbour_recall@k`` is the share of the full size's k nearest that a method
         finds among its own k nearest (primary). ``distortion_near`` and ``distortion_random`` are
         the mean absolute change of similarity over those k neighbours and over k random
-        documents of each query (arXiv 2407.20243, section 5: it tracks the loss of nDCG).
+        documents of each query (arXiv 2407.20243 finds that it tracks the loss of nDCG).
     """
 
     docs: Embeddings | ArrayLike
