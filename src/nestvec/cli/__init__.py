@@ -21,10 +21,11 @@ app = typer.Typer(
 )
 
 
-def _version(show: bool) -> None:
+def _version(show: bool) -> bool:
     if show:
         typer.echo(f"nestvec {nestvec.__version__}")
         raise typer.Exit
+    return show
 
 
 @app.callback()

@@ -20,6 +20,7 @@ from nestvec.cli._common import (
     print_json,
     read_lines,
 )
+from nestvec.errors import ModelError
 from nestvec.search import SearchResult, as_plan, cascade_search
 from nestvec.space import Embeddings
 
@@ -103,7 +104,7 @@ def search(
 
 def _encoder_like(docs: Embeddings, model: str | None, maps: list[Path]) -> Any:
     """Return words -> Embeddings in the gallery's Space, or say what is missing."""
-    from nestvec.encoders import TextEncoder
+    from nestvec.encoders import encoder_of
     from nestvec.maps import load_map
 
     if docs.space.fingerprint.startswith("declared:") and model is None:
@@ -112,7 +113,12 @@ def _encoder_like(docs: Embeddings, model: str | None, maps: list[Path]) -> Any:
             f"Give query vectors with --queries."
         )
     fitted = [load_map(folder) for folder in maps]
-    encoder = TextEncoder(model or docs.space.model)
+    try:
+        encoder = encoder_of(model or docs.space.model)
+    except ModelError as error:
+        if model is not None:
+            raise
+        fail(f"{docs.space.label}: {error} Say where the gallery's encoder is with --model.")
 
     def ask(words: list[str]) -> Embeddings:
         vectors = encoder.encode(words, role="query", show_progress=False)
