@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from nestvec.measurement.curve import Curve
 
 # Okabe and Ito's palette without its yellow: told apart by the colour-blind, on light and dark.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8a6fbf")
-_MARKERS = "osD^vPX*"
+_COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#7f7f7f", "#8a6fbf", "#a0522d", "#6b8e23", "#c71585"),
+)
+_MARKERS = "osD^vPX"
+_LINES = {"int8": "--", "binary": ":"}  # of a map's codes, in the map's own colour
 
 
 def render(
@@ -67,27 +71,28 @@ def _svg(figure: Any, about: str) -> str:
 
 
 def _quality_against_bytes(curve: Curve) -> str:
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in curve.select():
-        if row["method"] == "full":
-            continue
-        name = row["method"]
-        if row["precision"] in ("int8", "binary") and name != row["precision"]:
-            name = f"{name}, {row['precision']}"
-        lines.setdefault(name, []).append(row)
+        codes = row["precision"] if row["precision"] in _LINES else ""
+        if row["method"] != "full":
+            key = (row["method"], "" if codes == row["method"] else codes)
+            lines.setdefault(key, []).append(row)
     full = curve.get("full")
-    if "truncation" in lines:
-        lines["truncation"].append(full)
+    if ("truncation", "") in lines:
+        lines["truncation", ""].append(full)
+    methods = list(dict.fromkeys(method for method, _ in lines))
     figure, axes = _figure(5.2)
     axes.axhline(full["value"], color="#808080", linewidth=1, linestyle="--")
-    for at, (name, rows) in enumerate(lines.items()):
+    for place, ((method, codes), rows) in enumerate(lines.items()):
+        at = methods.index(method)
+        name = f"{method}, {codes}" if codes else method
         colour = _COLOURS[at % len(_COLOURS)]
         value = [r["value"] for r in rows]
         if rows[0]["bytes_per_vector"] is None:
-            dots = (0, (1, 1 + at - len(lines) // 2))
+            dots = (0, (1, 2 if method == "bm25" else 4))
             axes.axhline(value[0], color=colour, linewidth=1.4, linestyle=dots, label=name)
             continue
-        shift = 1.015 ** (at - len(lines) / 2)  # so that bars at equal bytes stand side by side
+        shift = 1.015 ** (place - len(lines) / 2)  # so that bars at equal bytes stand side by side
         bars = [[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]]
         axes.errorbar(
             [r["bytes_per_vector"] * shift for r in rows],
@@ -97,6 +102,7 @@ def _quality_against_bytes(curve: Curve) -> str:
             marker=_MARKERS[at % len(_MARKERS)],
             markersize=4.5,
             linewidth=1.4,
+            linestyle=_LINES.get(codes, "-"),
             elinewidth=0.8,
             capsize=1.5,
             label=name,
