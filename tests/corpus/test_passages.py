@@ -158,7 +158,7 @@ def test_the_same_seed_finds_the_same_and_another_another():
     first = docstrings(limit=150)
     assert first == docstrings(limit=150)
     assert first.query_ids != docstrings(limit=150, seed=1).query_ids
-    assert len(first.query_ids) == 150
+    assert len(first.doc_ids) == 150
     queries, answers = _pairs(first)
     assert all(q not in a for q, a in zip(queries, answers, strict=True))
     assert all(len(a.split()) >= 20 for a in answers)

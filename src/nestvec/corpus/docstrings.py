@@ -29,7 +29,7 @@ class _Entry(NamedTuple):
 
 
 def docstrings(
-    *, limit: int = 2000, seed: int = 0, roots: Iterable[Path] | None = None
+    *, limit: int = 4000, seed: int = 0, roots: Iterable[Path] | None = None
 ) -> RetrievalSet:
     """Make a retrieval set of the docstrings of the standard library and installed packages.
 
@@ -41,7 +41,7 @@ def docstrings(
     Parameters
     ----------
     limit
-        The most queries.
+        The most passages.
     seed
         Packages take turns, and which of their files come first is drawn with this seed; the result
         is the same for the same files.
@@ -62,9 +62,9 @@ def docstrings(
         paths = sysconfig.get_paths()
         roots = dict.fromkeys(Path(paths[k]) for k in ("stdlib", "purelib", "platlib"))
     entries: dict[str, _Entry] = {}  # by name, in the order found
-    summaries: dict[str, int] = {}
+    summaries: dict[str, list[int]] = {}  # how many passages each entry with it has
     bodies: set[str] = set()
-    n_usable = 0
+    n_usable = 0  # passages of entries whose summary is theirs alone
     for module, path in _files(list(roots), random.Random(seed)):
         if n_usable >= limit:
             break
@@ -74,9 +74,12 @@ def docstrings(
                 continue
             bodies.add(body)
             entries[entry.name] = entry
-            summaries[key] = summaries.get(key, 0) + 1
-            n_usable += {1: 1, 2: -1}.get(summaries[key], 0)
-    kept = [e for e in entries.values() if summaries[e.summary.casefold()] == 1][:limit]
+            sizes = summaries.setdefault(key, [])
+            sizes.append(len(entry.body))
+            n_usable += {1: sizes[0], 2: -sizes[0]}.get(len(sizes), 0)
+    alone = [e for e in entries.values() if len(summaries[e.summary.casefold()]) == 1]
+    total = itertools.accumulate(len(e.body) for e in alone)
+    kept = [e for e, n in zip(alone, total, strict=True) if n <= limit]
     if not kept:
         raise DataError(
             "no docstrings found: this Python has no sources. Give a folder of your own text."
