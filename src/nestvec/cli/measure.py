@@ -132,6 +132,7 @@ def measure(
         print_json({"verdict": curve.verdict(), "rows": curve.rows})
         return
     out.print(curve.table())
+    out.print(curve.verdict(), markup=False)
     for missing in curve.notes:
         note(missing)
     for written in (output, html):
