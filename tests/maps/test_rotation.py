@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from nestvec.errors import DataError, DimensionError, FileFormatError, StorageError
@@ -166,5 +165,5 @@ def test_a_size_beyond_the_full_one_is_refused(rng):
 def test_content_hash_is_of_what_the_map_does_not_of_its_settings(rng):
     x = skewed(rng)
     one = PrincipalRotation(dims=(4, 12)).fit(x)
-    assert clone(one).set_params(dims=(2, 12)).fit(x).content_hash == one.content_hash
+    assert PrincipalRotation(dims=(2, 12)).fit(x).content_hash == one.content_hash
     assert RandomRotation(random_state=0).fit(x).content_hash != one.content_hash

@@ -106,7 +106,7 @@ class MatryoshkaAdaptor(FittedMap):
         *,
         kind: Any = "linear",
         dim_weights: Any = None,
-        whitening: Any = 0.1,
+        whitening: Any = 0.05,
         temperature: Any = 0.05,
         neighbour_weight: Any = 1.0,
         topk_weight: Any = 0.0,
@@ -114,9 +114,9 @@ class MatryoshkaAdaptor(FittedMap):
         reconstruction_weight: Any = 0.0,
         k: Any = 100,
         hidden_units: Any = None,
-        max_steps: Any = 400,
-        patience: Any = 160,
-        learning_rate: Any = 5e-3,
+        max_steps: Any = 300,
+        patience: Any = 150,
+        learning_rate: Any = 3e-3,
         batch_size: Any = 256,
         gallery_size: Any = 2048,
         supervised_steps: Any = 300,
@@ -201,6 +201,8 @@ class MatryoshkaAdaptor(FittedMap):
             self.n_steps_ = 0
         else:
             free = labels = None
+            if qrels is not None and queries is None:
+                raise DataError("qrels need queries: pass fit(X, queries=..., qrels=...).")
             if qrels is not None:
                 labels = samples.read_labels(qrels, queries, X, dim=dim)
             elif queries is not None:
@@ -368,6 +370,9 @@ class MatryoshkaAdaptor(FittedMap):
 
     def _map(self, rows: Matrix) -> Matrix:
         return guards.unit(_apply(self._arrays_, guards.unit(rows)))
+
+    def module_arrays(self) -> dict[str, Matrix]:
+        return dict(self._arrays_)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return self._arrays_

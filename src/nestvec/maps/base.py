@@ -60,6 +60,25 @@ class FittedMap(TransformerMixin, BaseEstimator):
     def _space(self, old: Space) -> Space:
         return old.mapped(self.content_hash, nesting_dims=self.dims_)
 
+    def module_arrays(self) -> dict[str, NDArray[np.float32]]:
+        """Return the map as arrays: ``x @ linear``, ``+ gelu(x @ inner + bias) @ outer`` if there.
+
+        For other frameworks; `as_modules` is made of these.
+        """
+        raise NotImplementedError
+
+    def as_modules(self, *, normalise: bool = True) -> list[Any]:
+        """Return the map as modules for the end of a `SentenceTransformer`.
+
+        ``SentenceTransformer(modules=[*model, *fitted.as_modules()])``; save it and load it as any
+        model, then ``encode(..., truncate_dim=64, normalize_embeddings=True)``. See
+        `nestvec.maps.sentence_transformer.as_modules`.
+        """
+        from nestvec.maps import sentence_transformer
+
+        check_is_fitted(self)
+        return sentence_transformer.as_modules(self, normalise=normalise)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = []  # float32 out, whatever came in

@@ -106,25 +106,21 @@ def judge(
     return Guard(criterion, n_held_out, dims, weights, scores, winner)
 
 
-def closeness_kept(asks: Matrix, gallery: Matrix, own: NDArray[np.int64], dims: Any) -> Scorer:
+def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
     """Score maps without labels: how close at full size the 10 are that a prefix finds.
 
     For each asking row, the mean cosine (at full size, before any map) of its 10 nearest by the
     prefix, on a scale where the true 10 nearest are 1 and random rows are 0. Unlike the recall of
     neighbours it forgives an exchange of two that are equally close, which costs a user nothing.
-    ``own`` is each asking row's place in the gallery (it does not count), or -1.
     """
-    k = min(_DEPTH, len(gallery) - 1)
-    mine = np.flatnonzero(own >= 0), own[own >= 0]
+    k = min(_DEPTH, len(gallery))
 
     def nearest(cosines: Matrix) -> NDArray[np.int64]:
-        cosines[mine] = -2.0
         return np.argpartition(-cosines, k - 1, axis=1)[:, :k]
 
     true = asks @ gallery.T
-    others = len(gallery) - (own >= 0)
-    chance = (true.sum(axis=1) - np.where(own >= 0, 1.0, 0.0)) / others
-    best = np.take_along_axis(true, nearest(true.copy()), axis=1).mean(axis=1)
+    chance = true.mean(axis=1)
+    best = np.take_along_axis(true, nearest(true), axis=1).mean(axis=1)
     span = np.maximum(best - chance, 1e-6)  # rows that are all alike have nothing to tell
 
     def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:

@@ -21,6 +21,9 @@ class _Rotation(FittedMap):
     def _map(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         return rows @ self.components_.T
 
+    def module_arrays(self) -> dict[str, NDArray[np.float32]]:
+        return {"linear": np.ascontiguousarray(self.components_.T)}
+
     def inverse_transform(self, X: Any) -> NDArray[np.float32]:
         """Rotate back, (n, dim) float32: nothing was lost, so this is exact to rounding."""
         check_is_fitted(self)

@@ -162,13 +162,13 @@ def split(
             return Split(rows, None, seen, "nDCG@10", len(out), scorer, scorer, labels)
     if unlabelled is not None and len(unlabelled) > 1:
         out, held_in = _part(len(unlabelled), fraction, rng)
-        asks, own, kept, free = unlabelled[out], np.full(len(out), -1), rows, unlabelled[held_in]
+        asks, kept, free = unlabelled[out], rows, unlabelled[held_in]
     else:
         out, held_in = _part(len(rows), fraction, rng)
-        asks, own, kept, free = rows[out], out, rows[held_in], None
-    half = slice(None, None, 2), slice(1, None, 2)
-    stop, judge = (guard.closeness_kept(asks[h], rows, own[h], dims) for h in half)
-    return Split(kept, free, None, "closeness kept@10", len(asks[half[1]]), stop, judge)
+        asks, kept, free = rows[out], rows[held_in], None
+    # The held-in rows are the gallery: as in use, a new row asks among rows that were fitted.
+    stop, judge = (guard.closeness_kept(asks[half::2], kept, dims) for half in (0, 1))
+    return Split(kept, free, None, "closeness kept@10", len(asks[1::2]), stop, judge)
 
 
 def _part(
