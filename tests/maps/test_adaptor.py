@@ -139,10 +139,12 @@ def test_qrels_by_id_and_by_row_give_the_same_map(rng):
 def test_every_second_held_out_query_shares_no_document_with_training(rng):
     docs, asks, pairs = retrieval(rng, n_queries=200)
     labels = samples.read_labels(pairs % [10**9, 40], asks, docs, dim=48)
-    parts = samples.split(docs, None, labels, dims=(4,), fraction=0.2, rng=rng)
-    assert parts.labels is not None
-    held = {tuple(q) for q in labels.queries} - {tuple(q) for q in parts.labels.queries}
-    trained = set(np.concatenate(parts.labels.relevant).tolist())
+    examples = samples.Examples(docs, labels=labels)
+    parts = samples.split(examples, dims=(4,), fraction=0.2, rng=rng)
+    seen = parts.held_in.labels
+    assert seen is not None
+    held = {tuple(q) for q in labels.queries} - {tuple(q) for q in seen.queries}
+    trained = set(np.concatenate(seen.relevant).tolist())
     new = [
         not trained & set(r.tolist())
         for q, r in zip(labels.queries, labels.relevant, strict=True)

@@ -144,7 +144,7 @@ def test_a_plain_array_is_not_compared_with_a_stamped_gallery(vectors):
 
 
 def test_sizes_that_are_not_nesting_dims_are_refused_naming_those_that_are(vectors):
-    queries, gallery = map(_stamped, vectors)
+    queries, gallery = _stamped(vectors[0]), _stamped(vectors[1])
     with pytest.raises(DimensionError, match=r"nesting dims \(8, 32\)"):
         nv.cascade_search(queries, gallery, "16@20 > 32@3")
     assert nv.cascade_search(queries, gallery, "16@20 > 32@3", allow_untrained=True).rows.shape == (

@@ -401,3 +401,13 @@ def test_a_killed_writer_leaves_the_old_file(vectors, end, tmp_path):
 def test_every_format_that_is_written_is_read():
     assert set(_formats.WRITERS) <= set(_formats.READERS)
     assert sorted(files.STAMPED) == sorted(STAMPED)
+
+
+def test_a_plain_npy_is_mapped_not_read(tmp_path):
+    np.save(tmp_path / "x.npy", np.eye(4, dtype=np.float32))
+    got = nv.load(tmp_path / "x.npy", space="m")
+    base = got.array
+    while not isinstance(base, np.memmap):
+        base = base.base
+        assert base is not None
+    np.testing.assert_array_equal(got[1:3].array, np.eye(4)[1:3])

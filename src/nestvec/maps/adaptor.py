@@ -65,8 +65,8 @@ class MatryoshkaAdaptor(FittedMap):
         Rows to learn from, drawn at random if there are more. Relevant documents are always in.
     validation_fraction
         Share held out: of the rows, half for early stopping and half for the guard; of labelled
-        queries, all for both, and half of them share no relevant document with training. The
-        learned map is then trained again with all labels, for as many steps.
+        queries, all for both, and half of them share no relevant document with training. What is
+        kept is then made again from everything, for as many steps.
     choose : {"one", "per_size"}
         ``"per_size"`` also makes ``maps_``, the winner of each size. They are different Spaces:
         their prefixes cannot be compared with one another.
@@ -107,7 +107,7 @@ class MatryoshkaAdaptor(FittedMap):
         kind: Any = "linear",
         dim_weights: Any = None,
         whitening: Any = 0.05,
-        temperature: Any = 0.05,
+        temperature: Any = 0.04,
         neighbour_weight: Any = 1.0,
         topk_weight: Any = 0.0,
         pair_weight: Any = 0.0,
@@ -213,10 +213,9 @@ class MatryoshkaAdaptor(FittedMap):
             given = [found for found in (labels, judged) if found is not None]
             chosen = samples.draw(len(matrix), self.sample_size, given, rng)
             rows = guards.unit(np.asarray(matrix[chosen]))
+            moved = None if labels is None else labels.moved(chosen)
             parts = samples.split(
-                rows,
-                free,
-                None if labels is None else labels.moved(chosen),
+                samples.Examples(rows, free, moved),
                 dims=self.dims_,
                 fraction=self.validation_fraction,
                 rng=rng,
@@ -234,38 +233,40 @@ class MatryoshkaAdaptor(FittedMap):
     def _compare(
         self, parts: samples.Split, rng: np.random.Generator
     ) -> dict[str, dict[str, Matrix]]:
-        """Train on the held-in part, judge on the held-out part, return all candidates' arrays."""
-        rotation = PrincipalRotation().fit(parts.rows)
-        judged, learned, self.n_steps_ = self._learn(parts, rotation, rng)
-        candidates = {
-            "unchanged": _identity(self.n_features_in_),
-            "rotation": {"linear": np.ascontiguousarray(rotation.components_.T)},
-            "learned": learned,
-        }
+        """Judge maps made from the held-in part; return the same made from everything."""
+        trained, steps = self._learn(parts.held_in, parts.stop, rng)
         self.guard_ = guards.judge(
-            {
-                name: partial(_apply, judged if name == "learned" else arrays)
-                for name, arrays in candidates.items()
-            },
+            {name: partial(_apply, arrays) for name, arrays in trained.items()},
             parts.judge,
             criterion=parts.criterion,
             n_held_out=parts.n_held_out,
             dims=self.dims_,
             weights=self._weights(),
         )
-        return candidates
+        self.n_steps_ = sum(steps)
+        # What is kept learns from the held-out part too, for as long as was found to be best.
+        return self._learn(parts.everything, None, rng, steps)[0]
 
     def _learn(
-        self, parts: samples.Split, rotation: PrincipalRotation, rng: np.random.Generator
-    ) -> tuple[dict[str, Matrix], dict[str, Matrix], int]:
-        """Return the learned arrays to judge, those to keep (from all labels), and the steps."""
+        self,
+        examples: samples.Examples,
+        scorer: guards.Scorer | None,
+        rng: np.random.Generator,
+        stop_at: tuple[int, int] = (0, 0),
+    ) -> tuple[dict[str, dict[str, Matrix]], tuple[int, int]]:
+        """Return the arrays of every candidate, and the steps of the two stages.
+
+        With a scorer each stage ends at its best held-out score, without one after ``stop_at``.
+        """
         require("torch", extra="fit", why="Fitting a MatryoshkaAdaptor")
         from nestvec.maps import learn
 
+        rotation = PrincipalRotation().fit(examples.rows)
+        axes = np.ascontiguousarray(rotation.components_.T)
         energy = rotation.explained_energy_
         # The floor keeps directions that no row has from being blown up.
         scale = np.maximum(energy, 1e-3 * energy.mean()) ** -float(self.whitening)
-        start = (rotation.components_.T * (scale / scale[0])).astype(np.float32)
+        start = (axes * (scale / scale[0])).astype(np.float32)
         recipe = learn.Recipe(
             dims=self.dims_,
             dim_weights=tuple(w * len(self.dims_) for w in self._weights()),
@@ -283,39 +284,45 @@ class MatryoshkaAdaptor(FittedMap):
         )
 
         def held_out(arrays: dict[str, Matrix]) -> float:
-            return float(np.dot(parts.stop(partial(_apply, arrays)), self._weights()))
+            assert scorer is not None
+            return float(np.dot(scorer(partial(_apply, arrays)), self._weights()))
 
-        run = partial(
-            learn.learn,
-            parts.rows,
-            start,
-            hidden_units=(self.hidden_units or len(start)) * (self.kind == "residual"),
-            rng=rng,
-            held_out=held_out,
-        )
-        with progress("adaptor", recipe.max_steps, show=self.verbose, unit="steps") as advance:
-            found, steps = run(recipe=recipe, unlabelled=parts.unlabelled, advance=advance)
-        if parts.labels is None:
-            return found, found, steps
-        recipe = replace(
-            recipe,
-            max_steps=self.supervised_steps,
-            learning_rate=self.supervised_learning_rate,
-            patience=self.supervised_steps,
-        )
+        def stage(recipe: learn.Recipe, stop: int, **more: Any) -> tuple[dict[str, Matrix], int]:
+            with progress("adaptor", recipe.max_steps, show=self.verbose, unit="steps") as advance:
+                return learn.learn(
+                    examples.rows,
+                    start,
+                    recipe,
+                    hidden_units=(self.hidden_units or len(start)) * (self.kind == "residual"),
+                    rng=rng,
+                    held_out=held_out,
+                    stop_at=None if scorer is not None else stop,
+                    advance=advance,
+                    **more,
+                )
 
-        def supervised(labels: samples.Labels, **more: Any) -> tuple[dict[str, Matrix], int]:
-            labelled = learn.Labelled(
-                labels.queries, labels.relevant, self.label_share, self.label_weight
+        found, first = stage(recipe, stop_at[0], unlabelled=examples.unlabelled)
+        second = 0
+        if examples.labels is not None:
+            recipe = replace(
+                recipe,
+                max_steps=self.supervised_steps,
+                patience=self.supervised_steps,
+                learning_rate=self.supervised_learning_rate,
             )
-            with progress("with labels", recipe.max_steps, show=self.verbose) as advance:
-                return run(recipe=recipe, labelled=labelled, begin=found, advance=advance, **more)
-
-        better, best_step = supervised(parts.labels)
-        if parts.all_labels is None or not best_step:
-            return better, better, steps + best_step
-        final, _ = supervised(parts.all_labels, stop_at=best_step)
-        return better, final, steps + best_step
+            labelled = learn.Labelled(
+                examples.labels.queries,
+                examples.labels.relevant,
+                self.label_share,
+                self.label_weight,
+            )
+            found, second = stage(recipe, stop_at[1], labelled=labelled, begin=found)
+        candidates = {
+            "unchanged": _identity(len(axes)),
+            "rotation": {"linear": axes},
+            "learned": found,
+        }
+        return candidates, (first, second)
 
     def _check_settings(self) -> None:
         for name, value, allowed in (

@@ -51,17 +51,24 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Split:
-    """The held-in part to train on, and the held-out part as two scorers."""
+class Examples:
+    """What a map is trained on: unit rows of documents, and queries without or with labels."""
 
     rows: Matrix
-    unlabelled: Matrix | None
-    labels: Labels | None
+    unlabelled: Matrix | None = None
+    labels: Labels | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The held-in part to train on, the held-out part as two scorers, and both parts together."""
+
+    held_in: Examples
+    everything: Examples
     criterion: str
     n_held_out: int
     stop: guard.Scorer  # for early stopping
     judge: guard.Scorer  # for the guard
-    all_labels: Labels | None = None  # held-in and held-out ones, for the final training
 
 
 def unit_rows(values: Any, documents: Any, *, name: str, dim: int) -> Matrix:
@@ -139,19 +146,14 @@ def draw(n: int, size: int, always: list[Labels], rng: np.random.Generator) -> N
 
 
 def split(
-    rows: Matrix,
-    unlabelled: Matrix | None,
-    labels: Labels | None,
-    *,
-    dims: tuple[int, ...],
-    fraction: float,
-    rng: np.random.Generator,
+    everything: Examples, *, dims: tuple[int, ...], fraction: float, rng: np.random.Generator
 ) -> Split:
     """Hold out labelled queries, else unlabelled queries, else documents.
 
     Every second held-out query shares no relevant document with training: pairs that name one are
     left out. The others stand for queries about documents that the labels know.
     """
+    rows, unlabelled, labels = everything.rows, everything.unlabelled, everything.labels
     if labels is not None and len(labels) > 1:
         out, held_in = _part(len(labels), fraction, rng)
         held, new = labels.some(out), labels.some(out[::2])
@@ -159,16 +161,18 @@ def split(
         if len(seen):
             relevant = list(zip(held.relevant, held.grades, strict=True))
             scorer = guard.ndcg(held.queries, rows, relevant, dims)
-            return Split(rows, None, seen, "nDCG@10", len(out), scorer, scorer, labels)
+            held_in_part = replace(everything, labels=seen)
+            return Split(held_in_part, everything, "nDCG@10", len(out), scorer, scorer)
+    everything = replace(everything, labels=None)
     if unlabelled is not None and len(unlabelled) > 1:
         out, held_in = _part(len(unlabelled), fraction, rng)
-        asks, kept, free = unlabelled[out], rows, unlabelled[held_in]
+        asks, part = unlabelled[out], replace(everything, unlabelled=unlabelled[held_in])
     else:
         out, held_in = _part(len(rows), fraction, rng)
-        asks, kept, free = rows[out], rows[held_in], None
+        asks, part = rows[out], Examples(rows[held_in])
     # The held-in rows are the gallery: as in use, a new row asks among rows that were fitted.
-    stop, judge = (guard.closeness_kept(asks[half::2], kept, dims) for half in (0, 1))
-    return Split(kept, free, None, "closeness kept@10", len(asks[1::2]), stop, judge)
+    stop, judge = (guard.closeness_kept(asks[half::2], part.rows, dims) for half in (0, 1))
+    return Split(part, everything, "closeness kept@10", len(asks[1::2]), stop, judge)
 
 
 def _part(

@@ -81,7 +81,8 @@ def _read_npz(path: Path) -> Raw:
 
 
 def _read_npy(path: Path) -> Raw:
-    return Raw(np.load(path, allow_pickle=False), None, None)
+    # mapped, not read: a matrix larger than memory can still be fitted, searched in blocks, cut
+    return Raw(np.load(path, allow_pickle=False, mmap_mode="r"), None, None)
 
 
 # --- Arrow: Parquet, IPC, Lance -------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _read(path: Path) -> _formats.Raw:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # each library has errors of its own, some of them undocumented
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        if "pickle" in reason:  # numpy's guess about any bytes that it does not know
+        if "pickle" in reason or "Python objects" in reason:  # numpy's guess about foreign bytes
             reason = "it holds no plain array (and nestvec never unpickles)"
         raise FileFormatError(
             f"cannot read {path}: {reason}. It is truncated, damaged, or not a {_ending(path)} "
