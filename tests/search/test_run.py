@@ -162,7 +162,7 @@ def test_sizes_that_are_not_nesting_dims_are_refused_naming_those_that_are(vecto
 )
 def test_a_plan_that_cannot_run_says_what_fits(vectors, plan, error, says):
     with pytest.raises(error, match=says):
-        nv.cascade_search(*vectors, plan)
+        nv.cascade_search(vectors[0], vectors[1], plan)
 
 
 def test_bad_rows_are_named(vectors):
