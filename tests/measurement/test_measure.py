@@ -275,6 +275,29 @@ def test_bad_qrels_are_refused(found, break_it, says):
         measure(docs, queries, break_it(qrels))
 
 
+def test_dropped_document_may_be_judged_and_counts_against_recall(found):
+    docs, queries, qrels = found
+    wider = {q: of | {"empty": 1} for q, of in qrels.items()}
+    with pytest.raises(DataError, match=r"1 ids are not among the ids of docs.*empty"):
+        measure(docs, queries, wider, dims=(16,), baselines=False)
+    got = measure(docs, queries, wider, dropped=("empty", "d1"), dims=(16,), baselines=False)
+    plain = measure(docs, queries, qrels, dims=(16,), baselines=False)
+    for metric in ("R@10", "R@100"):
+        full, before = got.get("full", metric=metric), plain.get("full", metric=metric)
+        np.testing.assert_allclose(full["value"], before["value"] / 2)
+    assert got.get("full")["value"] < plain.get("full")["value"]
+    assert "1 relevant documents were dropped and have no vector (e.g. empty)" in got.notes[0]
+
+
+def test_integer_ids_are_the_row_numbers(rng):
+    rows = rng.normal(size=(50, 16))
+    got = measure(rows, rows[:3], {0: {0: 1}, 1: {1: 2}}, dims=(8,), baselines=False)
+    assert got.get("full")["value"] == 1
+    assert got.get("full")["n"] == 2
+    text = measure(rows, rows[:3], {"0": {"0": 1}, "1": {"1": 2}}, dims=(8,), baselines=False)
+    assert text.rows == got.rows
+
+
 def test_query_without_relevant_documents_is_not_asked(found):
     docs, queries, qrels = found
     task = RetrievalTask(docs, queries, qrels | {"q0": {"d1": 0}})
@@ -297,6 +320,7 @@ def test_two_spaces_are_not_compared(found):
         (lambda d, q, r: measure(d[:1]), DataError, "1 row has no neighbours"),
         (lambda d, q, r: measure(d, q, r, dims=(8, 64)), DimensionError, "64 does not fit"),
         (lambda d, q, r: measure(d, q, r, metrics=["nDCG"]), DataError, "has no cutoff"),
+        (lambda d, q, r: measure(d, dropped=("d1",)), DataError, "dropped= is for retrieval"),
         (lambda d, q, r: measure(d, texts=(["a"], ["b"])), DataError, "retrieval only"),
         (lambda d, q, r: measure(d, q, r, texts=(["a"], ["b"])), DataError, "1 documents and 1"),
         (lambda d, q, r: measure(d, q, r, maps={"int8": None}), DataError, "name of a baseline"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -37,8 +37,9 @@ Matrix = NDArray[np.float32]
 def measure(
     docs: Embeddings | ArrayLike | None = None,
     queries: Embeddings | ArrayLike | None = None,
-    qrels: Mapping[str, Mapping[str, int]] | None = None,
+    qrels: Mapping[Any, Mapping[Any, int]] | None = None,
     *,
+    dropped: Collection[Any] = (),
     task: RetrievalTask | ClassificationTask | STSTask | LabelFreeTask | None = None,
     dims: Iterable[int] | str | None = None,
     maps: Mapping[str, Any] | None = None,
@@ -61,7 +62,11 @@ def measure(
     docs, queries
         Embeddings of one Space (the ids are those of ``qrels``), or two arrays.
     qrels
-        Query id -> document id -> grade; a grade > 0 is relevant.
+        Query id -> document id -> grade; a grade > 0 is relevant. Ids are compared as text, so
+        integers fit the row numbers of arrays.
+    dropped
+        Ids that may be judged although ``docs`` lacks them (`RetrievalSet.dropped`); relevant
+        ones count against recall.
     task
         A `RetrievalTask`, `ClassificationTask`, `STSTask` or `LabelFreeTask` instead of the three
         above; it carries its own ``k`` and ``metrics``.
@@ -112,7 +117,7 @@ def measure(
     >>> round(curve.get("truncation", 16)["value"], 2)
     0.94
     """
-    work = _as_task(task, docs, queries, qrels, metrics, k, seed)
+    work = _as_task(task, docs, queries, qrels, dropped, metrics, k, seed)
     maps = dict(maps or {})
     names = tuple(n for n in ways.chosen(baselines) if n not in maps)
     taken = sorted({"full", *ways.NAMES[:1], *ways.NAMES[3:]} & set(maps))
@@ -215,23 +220,25 @@ def _as_task(
     docs: Any,
     queries: Any,
     qrels: Any,
+    dropped: Collection[Any],
     metrics: Sequence[str] | None,
     k: int,
     seed: int,
 ) -> Task:
     if task is not None:
-        if any(given is not None for given in (docs, queries, qrels, metrics)):
+        if dropped or any(given is not None for given in (docs, queries, qrels, metrics)):
             raise DataError("task= carries its own vectors, labels and metrics: pass only those.")
         return task
     if docs is None:
         raise DataError("nothing to measure: pass docs, docs + queries + qrels, or task=.")
     if qrels is None:
-        if metrics is not None:
-            raise DataError("metrics are for retrieval, and there are no qrels.")
+        if metrics is not None or dropped:
+            name = "dropped" if metrics is None else "metrics"
+            raise DataError(f"{name}= is for retrieval, and there are no qrels.")
         return LabelFreeTask(docs, queries, k=k, seed=seed)
     if queries is None:
         raise DataError("qrels are given and queries are not: retrieval needs both.")
-    return RetrievalTask(docs, queries, qrels, k=k, metrics=tuple(metrics or ()))
+    return RetrievalTask(docs, queries, qrels, k, tuple(metrics or ()), dropped)
 
 
 def _sizes(dims: Iterable[int] | str | None, gallery: Embeddings) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ test row, a pair), so that every method can be resampled on the same items.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -79,18 +79,23 @@ class RetrievalTask(Task):
         Embeddings of one Space, or two arrays.
     qrels
         Query id -> document id -> grade; a grade > 0 is relevant. Only queries with a relevant
-        document are asked. An id that is not among ``docs`` or ``queries`` is a `DataError`.
+        document are asked. An id that is not among ``docs`` or ``queries`` is a `DataError`. Ids
+        are compared as text, so integers fit the row numbers of arrays.
     k
         Cutoff of the default metrics nDCG@k, R@k and AP@k (and R@100).
     metrics
         Names of ir-measures with a cutoff; the first is the primary one.
+    dropped
+        Ids that may be judged although ``docs`` lacks them, like documents without text
+        (`RetrievalSet.dropped`). Nothing finds them, so relevant ones count against recall.
     """
 
     docs: Embeddings | ArrayLike
     queries: Embeddings | ArrayLike
-    qrels: Mapping[str, Mapping[str, int]]
+    qrels: Mapping[Any, Mapping[Any, int]]
     k: int = 10
     metrics: tuple[str, ...] = ()
+    dropped: Collection[Any] = ()
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +108,11 @@ class RetrievalTask(Task):
         self.depth = metrics.depth(self.metrics)
         self._doc_ids = [str(i) for i in self.gallery.ids]
         rows = {str(name): row for row, name in enumerate(queries.ids)}
+        self.qrels = {str(q): {str(d): g for d, g in of.items()} for q, of in self.qrels.items()}
         _check_known(self.qrels, rows, "queries")
-        _check_known((d for of in self.qrels.values() for d in of), set(self._doc_ids), "docs")
+        judged = {d for of in self.qrels.values() for d in of}
+        dropped = {str(d) for d in self.dropped} - set(self._doc_ids)
+        _check_known(judged - dropped, set(self._doc_ids), "docs")
         self.query_ids = [q for q in rows if any(g > 0 for g in self.qrels.get(q, {}).values())]
         if not self.query_ids:
             raise DataError(
@@ -117,6 +125,12 @@ class RetrievalTask(Task):
         unasked = len(self.qrels) - len(self.query_ids)
         if unasked:
             self.notes.append(f"{unasked} queries of the qrels have no relevant document.")
+        lost = {d for of in self.qrels.values() for d, grade in of.items() if grade > 0} & dropped
+        if lost:
+            self.notes.append(
+                f"{len(lost)} relevant documents were dropped and have no vector (e.g. "
+                f"{min(lost)}): no method can find them, and they count against recall."
+            )
 
     def score(self, queries: Matrix, gallery: Matrix) -> Values:
         return self.score_ranking(nearest(queries, gallery, self.depth))
