@@ -26,7 +26,7 @@ CASCADES = (
     "128@50 > 384@10",
     "64:int8@100 > 384@10",
     "384:binary@100 > 384@10",
-    str(nv.Cascade.funnel(lowest_dim=32, full_dim=384, shortlist=200, k=10)),
+    str(nv.Cascade.funnel((32, 64, 128, 256, 384), shortlist=200, k=10)),
 )
 
 

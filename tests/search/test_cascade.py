@@ -16,7 +16,7 @@ PRECISIONS = ("float32", "float16", "int8", "binary")
 @st.composite
 def plans(draw):
     n = draw(st.integers(1, 4))
-    dims = sorted(draw(st.lists(st.integers(1, 4096), min_size=n, max_size=n)))
+    dims = sorted(draw(st.lists(st.integers(1, 4096), min_size=n, max_size=n, unique=True)))
     keeps = sorted(draw(st.lists(st.integers(1, 10**6), min_size=n, max_size=n)), reverse=True)
     kinds = draw(st.lists(st.sampled_from(PRECISIONS), min_size=n, max_size=n))
     knobs = draw(
@@ -66,6 +66,10 @@ def test_text_form(text, printed):
         ("64@10 > 384@20", "Shortlists shrink"),
         ("graph(ef=many) 8@1", "knob 'ef=many'"),
         ("graph(8) 8@1", "knob '8'"),
+        ("graph(ef=nan) 8@1", "knob 'ef=nan'"),
+        ("graph(ef=8, ef=9) 8@1", "'ef' is given twice"),
+        ("16@20 > 16@10", "finer precision"),
+        ("16@20 > 16:binary@10", "finer precision"),
         ("64@10 > ", "cannot be read"),
     ],
 )
@@ -83,12 +87,12 @@ def test_macs_count_as_the_paper_does():
 
 
 def test_the_papers_funnel():
-    got = Cascade.funnel(lowest_dim=16, full_dim=2048, shortlist=200, k=10)
+    got = Cascade.funnel((16, 32, 64, 128, 256, 2048), shortlist=200, k=10)
     assert str(got) == "16@200 > 32@100 > 64@50 > 128@25 > 256@12 > 2048@10"
 
 
 def test_a_funnel_halves_keeps_while_dims_double():
-    stages = Cascade.funnel(lowest_dim=8, full_dim=4096, shortlist=1000, k=7).stages
+    stages = Cascade.funnel([8 << i for i in range(10)], shortlist=1000, k=7).stages
     for before, after in itertools.pairwise(stages[:-1]):
         assert (after.dim, after.keep) == (2 * before.dim, before.keep // 2)
     assert (stages[-1].dim, stages[-1].keep) == (4096, 7)

@@ -116,6 +116,16 @@ def test_adaptive_and_funnel_are_the_papers_cascades(vectors):
     assert str(funnel.plan) == "exact 4@40 > 8@20 > 16@10 > 32@5"
 
 
+def test_a_funnel_steps_through_the_nesting_dims_of_the_space(vectors):
+    queries, gallery = _stamped(vectors[0]), _stamped(vectors[1])
+    got = nv.funnel_retrieval(queries, gallery, lowest_dim=8, shortlist=40, k=5)
+    assert str(got.plan) == "exact 8@40 > 32@5"
+    with pytest.raises(DimensionError, match="lowest_dim 33 does not fit"):
+        nv.funnel_retrieval(queries, gallery, lowest_dim=33)
+    with pytest.raises(PlanError, match="dim is a whole number >= 1"):
+        nv.adaptive_retrieval(queries, gallery, shortlist_dim=8, rerank_dim=0)
+
+
 def test_more_rows_asked_than_there_are_returns_them_all(vectors):
     queries, gallery = vectors
     assert nv.cascade_search(queries, gallery[:3], "8@50 > 32@10").rows.shape == (7, 3)
@@ -158,6 +168,7 @@ def test_sizes_that_are_not_nesting_dims_are_refused_naming_those_that_are(vecto
     [
         ("64@5", DimensionError, "does not fit embeddings of dim 32"),
         ("graph(ef=8) 32@5", PlanError, "structure 'exact' only"),
+        ("exact(ef=8) 32@5", PlanError, "has no knobs"),
     ],
 )
 def test_a_plan_that_cannot_run_says_what_fits(vectors, plan, error, says):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +13,7 @@ from types import MappingProxyType
 
 from nestvec.errors import PlanError
 
-_BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}
+_BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}  # finest first
 _STAGE = re.compile(r"(?P<dim>\d+)(?::(?P<precision>[a-z0-9]+))?@(?P<keep>\d+)")
 _STRUCTURE = re.compile(r"(?P<name>[a-z][a-z0-9_]*)(?:\((?P<knobs>[^()]*)\))?")
 
@@ -40,8 +43,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name, value in (("dim", self.dim), ("keep", self.keep)):
-            if int(value) != value or value < 1:
+            try:
+                whole = operator.index(value)
+            except TypeError:
+                whole = 0
+            if whole < 1:
                 raise PlanError(f"stage {self!s}: {name} is a whole number >= 1, not {value!r}.")
+            object.__setattr__(self, name, whole)
         if self.precision not in _BITS:
             raise PlanError(
                 f"stage {self!s}: precision {self.precision!r} is not one of {', '.join(_BITS)}."
@@ -74,7 +82,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cascade:
-    """The stages of a search: dims rise (or stay, at a finer precision), shortlists shrink.
+    """The stages of a search: dims rise (or stay, at a finer precision), shortlists shrink or stay.
 
     >>> Cascade.parse("64:int8@400 > 384@10").stages[0].keep
     400
@@ -89,10 +97,10 @@ class Cascade:
         if not self.stages:
             raise PlanError("a cascade needs at least one stage, like 384@10.")
         for before, after in itertools.pairwise(self.stages):
-            if after.dim < before.dim:
+            if (after.dim, _BITS[after.precision]) <= (before.dim, _BITS[before.precision]):
                 raise PlanError(
-                    f"cascade {self!s}: stage {after!s} looks at fewer dims than {before!s} before "
-                    f"it. Dims rise from stage to stage."
+                    f"cascade {self!s}: stage {after!s} sees no more than {before!s} before it. "
+                    f"Dims rise from stage to stage, or stay at a finer precision."
                 )
             if after.keep > before.keep:
                 raise PlanError(
@@ -121,26 +129,27 @@ class Cascade:
         return cls([Stage(shortlist_dim, shortlist), Stage(rerank_dim, k)])
 
     @classmethod
-    def funnel(cls, *, lowest_dim: int, full_dim: int, shortlist: int, k: int) -> Cascade:
-        """Dims double while the shortlist halves (funnel retrieval, arXiv 2205.13147).
+    def funnel(cls, dims: Iterable[int], *, shortlist: int, k: int) -> Cascade:
+        """Halve the shortlist while the sizes rise (funnel retrieval, arXiv 2205.13147).
 
-        The paper's own schedule, 16 -> 32 -> ... -> 2048 with 200 -> 100 -> 50 -> 25 -> 10: the
-        first search keeps ``shortlist`` rows, every rerank halves what is kept, the last keeps
-        ``k``; once the shortlist would fall to ``k`` the full size follows.
+        The first search keeps ``shortlist`` rows, every rerank halves what is kept, the last size
+        keeps ``k``; once the shortlist would fall to ``k`` the last size follows. The paper doubles
+        the sizes: 16 -> 32 -> ... -> 2048 with 200 -> 100 -> 50 -> 25 -> 10.
 
-        >>> str(Cascade.funnel(lowest_dim=16, full_dim=384, shortlist=200, k=10))
+        >>> str(Cascade.funnel((16, 32, 64, 128, 256, 384), shortlist=200, k=10))
         '16@200 > 32@100 > 64@50 > 128@25 > 256@12 > 384@10'
-        >>> str(Cascade.funnel(lowest_dim=16, full_dim=2048, shortlist=200, k=10))
-        '16@200 > 32@100 > 64@50 > 128@25 > 256@12 > 2048@10'
         """
+        *rising, last = dims
         if shortlist < k:
             raise PlanError(f"a funnel that starts with {shortlist} rows cannot end with {k}.")
         stages = []
-        dim, keep = lowest_dim, shortlist
-        while dim < full_dim and keep > k:
+        keep = shortlist
+        for dim in rising:
+            if keep <= k:
+                break
             stages.append(Stage(dim, keep))
-            dim, keep = 2 * dim, keep // 2
-        return cls([*stages, Stage(full_dim, k)])
+            keep //= 2
+        return cls([*stages, Stage(last, k)])
 
     def macs(self, n_gallery: int) -> int:
         """Multiply-adds of one query over ``n_gallery`` rows, at any precision alike.
@@ -212,14 +221,18 @@ class Plan:
 
 
 def _knobs(text: str | None, plan: str) -> Iterable[tuple[str, int | float]]:
+    seen = set()
     for part in filter(None, (p.strip() for p in (text or "").split(","))):
-        name, equals, value = (p.strip() for p in part.partition("="))
-        try:
-            yield name, int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
-        except ValueError as error:
+        name, _, value = (p.strip() for p in part.partition("="))
+        number = float("nan")
+        with contextlib.suppress(ValueError):
+            number = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+        if not name.isidentifier() or not math.isfinite(number):
             raise PlanError(
                 f"plan {plan.strip()!r}: knob {part!r} cannot be read. Write name=number, like "
                 f"ef=80."
-            ) from error
-        if not equals or not name.isidentifier():
-            raise PlanError(f"plan {plan.strip()!r}: knob {part!r} is not of the form name=number.")
+            )
+        if name in seen:
+            raise PlanError(f"plan {plan.strip()!r}: knob {name!r} is given twice.")
+        seen.add(name)
+        yield name, number

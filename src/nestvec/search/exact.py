@@ -6,9 +6,6 @@ finds the candidates, within its error bound, and those are scored again in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -91,52 +88,34 @@ def _best(at: Rows, rows: Rows, scores: Vectors, n: int, k: int) -> tuple[Rows, 
     return rows[pick].astype(np.int64), scores[pick]
 
 
-class StageVectors:
-    """A gallery's and its queries' vectors as one stage sees them: cut, normalised, coded.
+def stage_gallery(gallery: Vectors, stage: Stage, *, unit: bool) -> Vectors:
+    """Return the gallery (n_gallery, dim) as a stage stores it: cut, normalised, coded.
 
     Codes stand as the float32 values they decode to, so that one product serves every precision.
-    Queries stay float32, except for binary, where both sides are signs and the score is
+    """
+    cut = _cut(gallery, stage.dim, unit, "gallery")
+    if stage.precision == "float16":
+        return cut.astype(np.float16).astype(np.float32)
+    if stage.precision == "int8":
+        scale = codes.int8_scale(cut)
+        return codes.int8_decode(codes.int8_encode(cut, scale), scale)
+    return _signs(cut) if stage.precision == "binary" else cut
+
+
+def stage_queries(queries: Vectors, stage: Stage, *, unit: bool) -> Vectors:
+    """Return the queries (n_queries, dim) as a stage compares them.
+
+    They stay float32, except for binary, where both sides are signs and the score is
     ``dim - 2 * Hamming distance``.
     """
-
-    def __init__(self, gallery: Vectors, *, unit: bool) -> None:
-        self._cut: Callable[[Vectors, int, str], Vectors] = _unit_cut if unit else _plain_cut
-        self._gallery = gallery
-        self._ready: dict[tuple[int, str], Vectors] = {}
-
-    def gallery(self, stage: Stage) -> Vectors:
-        """Return the gallery (n_gallery, dim) as this stage stores it; kept for the next batch."""
-        key = (stage.dim, stage.precision)
-        if key not in self._ready:
-            cut = self._cut(self._gallery, stage.dim, "gallery")
-            self._ready[key] = _coded(cut, stage.precision)
-        return self._ready[key]
-
-    def queries(self, queries: Vectors, stage: Stage) -> Vectors:
-        """Return the queries (n_queries, dim) as this stage compares them."""
-        cut = self._cut(queries, stage.dim, "queries")
-        return _signs(cut) if stage.precision == "binary" else cut
+    cut = _cut(queries, stage.dim, unit, "queries")
+    return _signs(cut) if stage.precision == "binary" else cut
 
 
-def _unit_cut(matrix: Vectors, dim: int, name: str) -> Vectors:
-    return normalise(np.asarray(matrix[:, :dim]), name=name)
-
-
-def _plain_cut(matrix: Vectors, dim: int, name: str) -> Vectors:
-    return np.ascontiguousarray(matrix[:, :dim])
-
-
-def _coded(matrix: Vectors, precision: str) -> Vectors:
-    if precision == "float16":
-        return matrix.astype(np.float16).astype(np.float32)
-    if precision == "int8":
-        scale = codes.int8_scale(matrix)
-        return codes.int8_decode(codes.int8_encode(matrix, scale), scale)
-    if precision == "binary":
-        return _signs(matrix)
-    return matrix
+def _cut(matrix: Vectors, dim: int, unit: bool, name: str) -> Vectors:
+    prefix = np.ascontiguousarray(matrix[:, :dim])
+    return normalise(prefix, name=name) if unit else prefix
 
 
 def _signs(matrix: Vectors) -> Vectors:
-    decoded: Any = codes.binary_decode(codes.binary_encode(matrix), matrix.shape[1])
-    return decoded
+    return codes.binary_decode(codes.binary_encode(matrix), matrix.shape[1])

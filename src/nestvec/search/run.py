@@ -12,7 +12,7 @@ from nestvec._checks import as_matrix
 from nestvec._progress import progress
 from nestvec.errors import DimensionError, PlanError
 from nestvec.search.cascade import Cascade, Plan, Stage
-from nestvec.search.exact import StageVectors, rerank, top_k
+from nestvec.search.exact import rerank, stage_gallery, stage_queries, top_k
 from nestvec.space import Embeddings, Space
 
 
@@ -124,6 +124,8 @@ def cascade_search(
             f"plan {plan!s}: arrays in memory are searched by structure 'exact' only. "
             f"Write 'exact {plan.cascade!s}'."
         )
+    if plan.knobs:
+        raise PlanError(f"plan {plan!s}: structure 'exact' has no knobs. Leave them out.")
     for stage in plan.cascade.stages:
         gallery.space.check_prefix(stage.dim, allow_untrained=allow_untrained)
     unit = gallery.space.metric == "cosine" or gallery.space.has_unit_rows
@@ -158,7 +160,10 @@ def adaptive_retrieval(
     """Shortlist on a short prefix, rerank the survivors on a longer one (arXiv 2205.13147)."""
     full = _width(gallery)
     cascade = Cascade.adaptive(
-        shortlist_dim=shortlist_dim, rerank_dim=rerank_dim or full, shortlist=shortlist, k=k
+        shortlist_dim=shortlist_dim,
+        rerank_dim=full if rerank_dim is None else rerank_dim,
+        shortlist=shortlist,
+        k=k,
     )
     return cascade_search(queries, gallery, cascade, allow_untrained=allow_untrained)
 
@@ -172,10 +177,17 @@ def funnel_retrieval(
     k: int = 10,
     allow_untrained: bool = False,
 ) -> SearchResult:
-    """Double the dims and halve the shortlist until the full size (arXiv 2205.13147)."""
-    cascade = Cascade.funnel(
-        lowest_dim=lowest_dim, full_dim=_width(gallery), shortlist=shortlist, k=k
-    )
+    """Raise the size and halve the shortlist until the full size (arXiv 2205.13147).
+
+    The sizes are the Space's nesting dims from ``lowest_dim`` on; where it has none they double.
+    """
+    full = _width(gallery)
+    known = gallery.space.nesting_dims if isinstance(gallery, Embeddings) else ()
+    if not 1 <= lowest_dim <= full:
+        raise DimensionError(f"lowest_dim {lowest_dim} does not fit embeddings of dim {full}.")
+    doubling = [lowest_dim << power for power in range(full.bit_length())]
+    dims = [d for d in sorted({lowest_dim, *(known or doubling)}) if lowest_dim <= d < full]
+    cascade = Cascade.funnel([*dims, full], shortlist=shortlist, k=k)
     return cascade_search(queries, gallery, cascade, allow_untrained=allow_untrained)
 
 
@@ -195,18 +207,16 @@ def _run(
     unit: bool,
     show_progress: bool,
 ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    vectors = StageVectors(gallery, unit=unit)
     first, *rest = cascade.stages
+
+    def sides(stage: Stage) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return stage_queries(queries, stage, unit=unit), stage_gallery(gallery, stage, unit=unit)
+
     with progress("search", len(cascade.stages), show=show_progress, unit="stages") as advance:
-        found = [top_k(vectors.queries(queries, first), vectors.gallery(first), first.keep)]
+        found = [top_k(*sides(first), first.keep)]
         advance(1)
         for stage in rest:
-            shortlist = found[-1][0]
-            found.append(
-                rerank(
-                    vectors.queries(queries, stage), vectors.gallery(stage), shortlist, stage.keep
-                )
-            )
+            found.append(rerank(*sides(stage), found[-1][0], stage.keep))
             advance(1)
     return found
 
