@@ -200,12 +200,12 @@ def made(**values):
         dict.fromkeys(KEYS)
         | {"method": name.split("_")[0], "dim": int(name.split("_")[1]), "metric": "nDCG@10"}
         | {"precision": "float32", "value": value, "difference": value - 0.6}
-        | {"difference_low": low, "difference_high": 0.0, "bytes_per_vector": 4}
+        | {"difference_low": low, "difference_high": 0.0, "bytes_per_vector": 4, "n": 100}
         for name, (value, low) in values.items()
     ]
     rows.append(rows[0] | {"method": "full", "dim": 32, "value": 0.6, "difference_low": 0.0})
     meta = {"metric": "nDCG@10", "metrics": ["nDCG@10"], "dims": [8, 16, 32], "dataset": ""}
-    return Curve(rows, {**meta, "deployable": ["truncation", "mine"]})
+    return Curve(rows, {**meta, "n_gallery": 500, "deployable": ["truncation", "mine"]})
 
 
 def test_verdict_is_the_smallest_size_that_surely_holds():
@@ -220,6 +220,56 @@ def test_verdict_says_so_if_nothing_holds():
         "keep all 32 dims: no cut surely holds nDCG@10 within 5%; the nearest, 16, has 0.580 of "
         "0.600 (difference -0.020, 95% interval -0.040 to +0.000)"
     )
+
+
+def test_few_queries_decide_nothing(found):
+    docs, queries, qrels = found
+    for n, says in ((1, "too few items, nDCG@10 was scored on 1 and 30"), (29, "scored on 29")):
+        few = {q: of for q, of in list(qrels.items())[:n]}
+        got = measure(docs, queries, few, dims=(16,), baselines=("truncation", "int8"))
+        assert says in got.verdict()
+        assert got.verdict().startswith("keep all 32 dims")
+        assert got.cut() is None
+        assert not any(got.holds(row) for row in got.rows)
+    enough = measure(docs, queries, dict(list(qrels.items())[:30]), dims=(31,), baselines=False)
+    assert enough.verdict().startswith("cut to 31")
+
+
+def test_nothing_holds_if_the_full_size_finds_nothing(found):
+    docs, queries, _ = found
+    farthest = (queries.array @ docs.array.T).argmin(axis=1)
+    qrels = {f"q{i}": {f"d{row}": 1} for i, row in enumerate(farthest)}
+    got = measure(docs, queries, qrels, dims=(16,), baselines=False)
+    assert got.verdict() == (
+        "keep all 32 dims: nDCG@10 is 0.000 at the full size, so there is nothing to hold"
+    )
+    assert not any(got.holds(row) for row in got.rows)
+
+
+def test_neighbours_that_are_all_other_rows_decide_nothing(rng):
+    rows = rng.normal(size=(40, 32))
+    got = measure(rows, dims=(16,), k=39, baselines=False)
+    assert got.get("truncation", 16)["value"] == 1
+    assert "too few items, neighbour_recall@39 among 40 vectors" in got.verdict()
+    assert not got.holds(got.get("truncation", 16))
+
+
+def test_a_row_is_held_against_the_full_value_of_its_own_metric():
+    got = made(truncation_16=(0.6, 0.0))
+    high, low = (
+        [row | {"metric": metric, "difference_low": -0.02} for row in got.rows]
+        for metric in ("R@100", "AP@10")
+    )
+    high[-1]["value"], low[-1]["value"] = 0.9, 0.1
+    got.rows += high + low
+    assert got.holds(high[0])  # 0.02 of 0.9
+    assert not got.holds(low[0])  # 0.02 of 0.1
+
+
+def test_less_distortion_is_not_quality_that_holds(rng):
+    got = measure(rng.normal(size=(80, 32)), dims=(16,), baselines=False)
+    for metric in ("distortion_near", "distortion_random"):
+        assert not any(got.holds(row) for row in got.select(metric))
 
 
 def test_verdict_is_not_about_baselines():

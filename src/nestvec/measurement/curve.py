@@ -37,6 +37,10 @@ KEYS: tuple[str, ...] = (
     "note",
 )
 
+#: Items (queries, test rows, pairs) below which nothing holds: a bootstrap of a few of them draws
+#: the same few again, and its interval is far too narrow.
+MIN_ITEMS = 30
+
 _FORMAT = "nestvec curve 1"
 
 
@@ -113,11 +117,28 @@ class Curve:
         """Say whether a row keeps the quality of the full size.
 
         It does if even the lower end of the 95% interval of its paired difference to full size
-        is no loss beyond ``tolerance`` times the full value.
+        is no loss beyond ``tolerance`` times the full value of the row's own metric. Nothing holds
+        where there is no evidence: fewer than `MIN_ITEMS` items, a full value that is not
+        positive (distortion, of which less is better, is 0 there), or a cutoff k of the metric
+        with no more than k + 1 vectors stored, which finds nearly all of them at any size.
         """
-        allowed = tolerance * abs(self.get("full")["value"])
         low = row["difference_low"]
-        return low is not None and low >= -allowed
+        if low is None or self._no_evidence(row["metric"]):
+            return False
+        return low >= -tolerance * self.get("full", metric=row["metric"])["value"]
+
+    def _no_evidence(self, metric: str) -> str:
+        """Say why nothing can hold in this metric; empty if something can."""
+        full, stored = self.get("full", metric=metric), self.meta["n_gallery"]
+        if full["n"] < MIN_ITEMS:
+            return f"too few items, {metric} was scored on {full['n']} and {MIN_ITEMS} are needed"
+        cutoff = metric.rpartition("@")[2]
+        if cutoff.isdecimal() and int(cutoff) >= stored - 1:
+            return f"too few items, {metric} among {stored} vectors is nearly all of them"
+        value = full["value"] or 0.0
+        if value <= 0:
+            return f"{metric} is {value:.3f} at the full size, so there is nothing to hold"
+        return ""
 
     def cut(self, *, tolerance: float = 0.05) -> dict[str, Any] | None:
         """Return the smallest float32 cut that `holds`, or None.
@@ -142,6 +163,8 @@ class Curve:
         full, metric, cuts = self.get("full"), self.meta["metric"], self._cuts()
         if not cuts:
             return f"no cut was measured: {metric} {full['value']:.3f} at {self.full_dim} dims."
+        if nothing := self._no_evidence(metric):
+            return f"keep all {self.full_dim} dims: {nothing}"
         best = self.cut(tolerance=tolerance)
         if best:
             how = "" if best["method"] == "truncation" else f" with {best['method']}"
