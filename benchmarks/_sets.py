@@ -24,6 +24,7 @@ class Retrieval:
     queries: nv.Embeddings
     qrels: dict[str, dict[str, int]]
     texts: tuple[list[str], list[str]]
+    dropped: tuple[str, ...]
 
 
 def embed(name: str, texts: list[str], ids: list[str], role: str) -> nv.Embeddings:
@@ -43,6 +44,7 @@ def retrieval(name: str, split: str = "test") -> Retrieval:
         queries=embed(f"{name}-{split}", found.query_texts, found.query_ids, "query"),
         qrels=found.qrels,
         texts=(list(found.doc_texts), list(found.query_texts)),
+        dropped=tuple(found.dropped),
     )
 
 

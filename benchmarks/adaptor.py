@@ -55,7 +55,7 @@ def measured(name: str, task, adaptors: dict, texts=None, baselines=True) -> lis
 def retrieval(name: str) -> list[dict]:
     found = _sets.retrieval(name)
     adaptors = {"adaptor_unsupervised": fitted(found.docs)}
-    task = RetrievalTask(found.docs, found.queries, found.qrels)
+    task = RetrievalTask(found.docs, found.queries, found.qrels, dropped=found.dropped)
     if name != "scifact":
         return measured(name, task, adaptors, texts=found.texts)
     train = _sets.retrieval(name, "train")

@@ -168,6 +168,32 @@ def test_the_demo_on_ones_own_folder(model, notes, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"curve.json", "map", "report.html"}
 
 
+def test_embed_with_a_map_leaves_only_the_mapped_vectors(model, beir, docs, tmp_path):
+    nv.PrincipalRotation().fit(nv.load(docs)).save(tmp_path / "nest")
+    run("embed", beir, "-o", tmp_path / "v.npz", "--model", model, "--map", tmp_path / "nest")
+    got = nv.load(tmp_path / "v.npz")
+    want = nv.load_map(tmp_path / "nest").transform(nv.load(docs))
+    assert got.space == want.space
+    np.testing.assert_allclose(got.array, want.array, atol=1e-5)
+    assert {p.name for p in tmp_path.iterdir()} == {"v.npz", "nest"}
+
+
+def test_words_follow_the_gallerys_prompts_length_and_cut(model, beir, tmp_path):
+    settings = ["--query-prompt", "of the ", "--max-length", 16, "--model", model]
+    run("embed", beir, "-o", tmp_path / "v.npz", *settings)
+    nv.load(tmp_path / "v.npz").prefix(5, allow_untrained=True).save(tmp_path / "cut.npz")
+    words = ["search", tmp_path / "cut.npz", "wing", "--model", model]
+    assert "two models" in refused(*words, "--allow-untrained")  # another maximum length
+    found = said(*words, "--max-length", 16, "--allow-untrained", "--texts", beir)
+    assert len(found["queries"][0]["hits"]) == 10
+
+
+def test_a_plain_file_is_stamped(tmp_path):
+    np.savez(tmp_path / "p.npz", vectors=np.eye(3))
+    said("transform", tmp_path / "p.npz", "--model-name", "m", "-o", tmp_path / "s.npz")
+    assert nv.load(tmp_path / "s.npz").space.model == "m"
+
+
 def _vectors(path, values, dim=None):
     space = nv.Space.declared("m", dim=dim or values.shape[1], normalisation="none")
     return nv.Embeddings(values, space).save(path)
@@ -181,6 +207,9 @@ def bad_inputs(tmp_path, docs, beir):
     (tmp_path / "none.jsonl").write_text('{"id": 1, "text": ""}\n')
     (tmp_path / "twice.jsonl").write_text('{"id": 1, "text": "a wing"}\n' * 2)
     (tmp_path / "notmodel").mkdir()
+    (tmp_path / "few.md").write_text("A heading of five words\n\n" + "wing " * 90)
+    for folder in ("a", "b"):
+        nv.PrincipalRotation().fit(nv.load(docs)).save(tmp_path / folder / "m")
     (tmp_path / "unknown.tsv").write_text("q\td\ts\nq1\tnowhere\t1\n")
     whole = docs.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -224,6 +253,13 @@ def bad_inputs(tmp_path, docs, beir):
         (["search", docs, "--queries", docs, "--plan", "lots"], "has no stages"),
         (["search", docs, "words"], "--model"),
         (["demo", t / "empty.txt", "-o", t / "d"], "empty"),
+        (["demo", t / "few.md", "-o", t / "d"], "too few to measure on"),
+        (["embed", beir, *out, "--map", t / "notmodel"], "notmodel"),
+        (["measure", beir, "--queries", asks, "--qrels", qrels], "leave out --queries"),
+        (["measure", docs, "--split", "dev"], "--split is for BEIR folders"),
+        (["measure", docs, "--map", t / "a/m", "--map", t / "b/m"], "NAME=FOLDER"),
+        (["search", t / "plain.npy", "words", *named], "stamped by name"),
+        (["transform", docs, "-o", t / "o.safetensors"], "nothing to do"),
     ]
 
 

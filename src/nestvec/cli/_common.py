@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -30,6 +31,12 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help="Column (CSV, Parquet) or key (JSONL) that holds the text.", show_default=False
+    ),
+]
 Dims = Annotated[
     str | None,
     typer.Option(
@@ -46,16 +53,25 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except NestvecError as error:
-            fail(str(error))
+            fail(str(error).replace("pass allow_untrained=True", "add --allow-untrained"))
         except KeyboardInterrupt:
-            log.print("\ninterrupted: what was finished is kept, the same command goes on from it.")
+            log.print("\ninterrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # the reader (head, less) has left; keep Python from complaining at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:
+            fail(f"{error.filename or 'the file system'}: {error.strerror or error}.")
 
     return run
+
+
+def prompted(question: str) -> Iterator[str]:
+    """Yield what the user types, line by line; an empty line, Ctrl-D or Ctrl-C ends it."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while words := out.input(f"\n[bold]{question}>[/] ").strip():
+            yield words
 
 
 def fail(message: str) -> NoReturn:

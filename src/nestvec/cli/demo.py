@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from nestvec.cli._common import Json, command, note, out, print_json
+from nestvec.cli._common import Column, Json, command, fail, note, out, print_json, prompted
 from nestvec.cli.embed import embed_to
 from nestvec.search import Cascade, SearchResult, Stage, cascade_search
 from nestvec.space import Embeddings
@@ -34,6 +34,7 @@ Examples:
 
 K = 10
 KEEPS = (50, 100, 200, 400)  # shortlists tried for the cascade
+FEWEST_QUERIES = 30
 RECALL = 0.99  # share of the exact full-size answers that the cascade has to find
 
 
@@ -69,6 +70,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for everything that is made.")
     ] = Path("demo-out"),
+    column: Column = None,
     passages: Annotated[int, typer.Option(min=50, help="At most so many passages.")] = 4000,
     model: Annotated[str, typer.Option(help="Encoder.")] = "all-MiniLM-L6-v2",
     query: Annotated[
@@ -86,7 +88,13 @@ def demo(
     from nestvec.measurement import measure
 
     started = time.monotonic()
-    texts = _read(path, passages, seed)
+    texts = _read(path, column, passages, seed)
+    if len(texts.query_ids) < FEWEST_QUERIES:
+        fail(
+            f"{path}: only {len(texts.query_ids)} of its passages begin with a line that can serve "
+            f"as a query, which is too few to measure on (at least {FEWEST_QUERIES}). Give more "
+            f"text, or your own queries and labels to nestvec measure."
+        )
     _step(
         "text",
         f"{len(texts.doc_ids):,} passages of {texts.name}, {len(texts.query_ids):,} summary lines "
@@ -151,7 +159,7 @@ def demo(
     _print_answers(answers)
     _step("report", f"{report}, {seconds:.0f} s in all")
     if query is None and sys.stdin.isatty() and sys.stdout.isatty():
-        while words := out.input("\n[bold]search (an empty line ends)>[/] ").strip():
+        for words in prompted("search (an empty line ends)"):
             _print_answers(searched([words]))
 
 
@@ -159,12 +167,12 @@ def _step(name: str, text: str) -> None:
     note(f"{name:>8}  {text}")
 
 
-def _read(path: Path | None, passages: int, seed: int) -> RetrievalSet:
+def _read(path: Path | None, column: str | None, passages: int, seed: int) -> RetrievalSet:
     from nestvec.corpus import Texts, docstrings, read_texts, summary_queries
 
     if path is None:
         return docstrings(limit=passages, seed=seed)
-    texts = read_texts(path)
+    texts = read_texts(path, column=column)
     if len(texts) > passages:
         keep = np.sort(np.random.default_rng(seed).choice(len(texts), passages, replace=False))
         note(f"{path} has {len(texts):,} passages; {passages:,} of them are drawn (--passages)")

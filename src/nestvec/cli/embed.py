@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nestvec.cli._common import Json, Role, command, describe, note, out, print_json
+from nestvec.cli._common import Column, Json, Role, command, describe, note, out, print_json
 from nestvec.space import Embeddings
 
 if TYPE_CHECKING:
+    from nestvec.corpus import Texts
     from nestvec.encoders import Encoder
+    from nestvec.maps.base import FittedMap
 
 EPILOG = """
 Examples:
@@ -53,6 +55,7 @@ def embed(
         str | None, typer.Option(help="Revision of a hub model.", show_default=False)
     ] = None,
     role: Annotated[Role, typer.Option(help="What the texts are.")] = "document",
+    column: Column = None,
     document_prompt: Annotated[
         str | None, typer.Option(help="Text put before documents.", show_default=False)
     ] = None,
@@ -71,11 +74,11 @@ def embed(
     json: Json = False,
 ) -> None:
     """Embed text. Interrupted, the same command goes on from where it stopped."""
-    from nestvec.corpus import read_beir_texts, read_texts
     from nestvec.encoders import TextEncoder
+    from nestvec.maps import load_map
 
-    is_beir = source.is_dir() and any(source.glob("corpus.jsonl*"))
-    texts = read_beir_texts(source, role) if is_beir else read_texts(source)
+    maps = [load_map(folder) for folder in map or []]
+    texts = read_source(source, role, column)
     encoder = TextEncoder(
         model,
         revision=revision,
@@ -85,13 +88,7 @@ def embed(
         max_length=max_length,
     )
     note(f"model: {encoder.source}")
-    found = embed_to(encoder, texts.texts, texts.ids, role, output)
-    if map:
-        from nestvec.maps import load_map
-
-        for folder in map:
-            found = load_map(folder).transform(found)
-        found.save(output)
+    found = embed_to(encoder, texts.texts, texts.ids, role, output, maps=maps)
     if json:
         print_json(
             {
@@ -106,6 +103,15 @@ def embed(
         out.print(f"{output}: {found!r}", markup=False)
 
 
+def read_source(source: Path, role: Role, column: str | None = None) -> Texts:
+    """Read the texts of a file or folder, or the documents or queries of a BEIR-layout folder."""
+    from nestvec.corpus import read_beir_texts, read_texts
+
+    if source.is_dir() and any(source.glob("corpus.jsonl*")):
+        return read_beir_texts(source, role)
+    return read_texts(source, column=column)
+
+
 def embed_to(
     encoder: Encoder,
     texts: Sequence[str],
@@ -114,8 +120,22 @@ def embed_to(
     output: Path,
     *,
     reuse: bool = False,
+    maps: Sequence[FittedMap] = (),
 ) -> Embeddings:
-    """Encode to ``output`` with progress and resume."""
-    return encoder.encode_to(
-        output, texts, reuse=reuse, ids=list(ids), role=role, show_progress=True
-    )
+    """Encode to ``output`` with progress and resume, through the maps if there are any."""
+    direct = output if not maps else output.with_name(f"{output.name}.unmapped.safetensors")
+    try:
+        found = encoder.encode_to(
+            direct, texts, reuse=reuse or bool(maps), ids=list(ids), role=role, show_progress=True
+        )
+    except KeyboardInterrupt:
+        if direct.with_name(f"{direct.name}.partial").is_dir():
+            note("\nwhat was embedded is kept: the same command goes on from it")
+        raise
+    for one in maps:
+        found = one.transform(found)
+    if maps:
+        found.save(output)
+        for made in (direct, direct.with_name(f"{direct.name}.key")):
+            made.unlink()
+    return found

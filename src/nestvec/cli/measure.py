@@ -82,8 +82,16 @@ def measure(
             help="all, none, or names joined by commas, like truncation,principal_rotation,int8."
         ),
     ] = "all",
-    model: Annotated[str, typer.Option(help="Encoder for a BEIR folder.")] = "all-MiniLM-L6-v2",
-    split: Annotated[str, typer.Option(help="Split of a BEIR folder.")] = "test",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoder for a BEIR folder; by default all-MiniLM-L6-v2.", show_default=False
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of a BEIR folder; by default test.", show_default=False),
+    ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -149,8 +157,8 @@ def _task(
     test_labels: Path | None,
     second: Path | None,
     scores: Path | None,
-    model: str,
-    split: str,
+    model: str | None,
+    split: str | None,
     work: Path | None,
     model_name: str | None,
 ) -> tuple[Any, tuple[list[str], list[str]] | None, str]:
@@ -163,7 +171,18 @@ def _task(
     if sum(x is not None for x in (queries, labels, second)) > 1:
         fail("measure one thing at a time: --queries, --labels or --second.")
     if vectors.is_dir() and any(vectors.glob("corpus.jsonl*")):
-        return _beir(vectors, model, split, work)
+        for_vectors = {
+            "--queries": queries,
+            "--labels": labels,
+            "--second": second,
+            "--model-name": model_name,
+        }
+        if given := [name for name, value in for_vectors.items() if value is not None]:
+            fail(f"{vectors} is a BEIR folder, which brings its own; leave out {given[0]}.")
+        return _beir(vectors, model or "all-MiniLM-L6-v2", split or "test", work)
+    for_folders = {"--model": model, "--split": split, "--work": work}
+    if given := [name for name, value in for_folders.items() if value is not None]:
+        fail(f"{given[0]} is for BEIR folders, and {vectors} is none; leave it out.")
 
     def load(path: Path | None) -> Embeddings:
         assert path is not None
@@ -206,7 +225,8 @@ def _beir(
         reuse=True,
     )
     texts = (list(found.doc_texts), list(found.query_texts))
-    return RetrievalTask(docs, asks, found.qrels), texts, found.name
+    task = RetrievalTask(docs, asks, found.qrels, dropped=found.dropped)
+    return task, texts, found.name
 
 
 def _all_or_none(task: str, **given: Path | None) -> None:
@@ -228,11 +248,14 @@ def _numbers(path: Path) -> list[float]:
 def _maps(given: list[str]) -> dict[str, Any]:
     from nestvec.maps import load_map
 
-    maps = {}
+    maps: dict[str, Any] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         path = Path(folder if equals else text)
-        maps[name if equals else path.name] = load_map(path)
+        name = name if equals else path.name
+        if name in maps:
+            fail(f"two maps are called {name!r}; tell them apart with --map NAME=FOLDER.")
+        maps[name] = load_map(path)
     return maps
 
 

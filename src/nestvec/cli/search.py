@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from nestvec.cli._common import (
+    Column,
     Json,
     ModelName,
     command,
@@ -18,8 +21,10 @@ from nestvec.cli._common import (
     note,
     out,
     print_json,
+    prompted,
     read_lines,
 )
+from nestvec.cli.embed import read_source
 from nestvec.errors import ModelError
 from nestvec.search import SearchResult, as_plan, cascade_search
 from nestvec.space import Embeddings
@@ -72,6 +77,13 @@ def search(
         Path | None,
         typer.Option(help="What the gallery was embedded from, to print it.", show_default=False),
     ] = None,
+    column: Column = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens read of each text, if the gallery's was set.", show_default=False
+        ),
+    ] = None,
     allow_untrained: Annotated[
         bool, typer.Option(help="Accept sizes that are not nesting dims.")
     ] = False,
@@ -81,7 +93,7 @@ def search(
     """Search a gallery: cheap first, then exact."""
     docs = Embeddings.load(gallery, space=model_name)
     chosen = as_plan(plan, dim=docs.dim, k=k)
-    bodies = _texts_of(texts)
+    bodies = _texts_of(texts, column)
     if queries is not None:
         if query is not None:
             fail("give words or --queries, not both.")
@@ -89,9 +101,9 @@ def search(
         found = cascade_search(asked, docs, chosen, allow_untrained=allow_untrained)
         _show([str(i) for i in asked.ids.tolist()], found, bodies, docs, json)
         return
-    ask = _encoder_like(docs, model, map or [])
+    ask = _encoder_like(docs, model, max_length, map or [], allow_untrained)
     if query is None and sys.stdin.isatty():
-        while words := out.input("[bold]search>[/] ").strip():
+        for words in prompted("search (an empty line ends)"):
             found = cascade_search(ask([words]), docs, chosen, allow_untrained=allow_untrained)
             _show([words], found, bodies, docs, json)
         return
@@ -102,41 +114,53 @@ def search(
     _show(asked_words, found, bodies, docs, json)
 
 
-def _encoder_like(docs: Embeddings, model: str | None, maps: list[Path]) -> Any:
+def _encoder_like(
+    docs: Embeddings,
+    model: str | None,
+    max_length: int | None,
+    maps: list[Path],
+    allow_untrained: bool,
+) -> Callable[[list[str]], Embeddings]:
     """Return words -> Embeddings in the gallery's Space, or say what is missing."""
-    from nestvec.encoders import encoder_of
+    from nestvec.encoders import TextEncoder
     from nestvec.maps import load_map
 
-    if docs.space.fingerprint.startswith("declared:") and model is None:
+    space = docs.space
+    if space.fingerprint.startswith("declared:") and model is None:
         fail(
-            f"{docs.space.label} was stamped by name, so its encoder is not known. "
-            f"Give query vectors with --queries."
+            f"{space.label} was stamped by name, so its encoder is not known. "
+            f"Give query vectors with --queries, or the encoder with --model."
         )
     fitted = [load_map(folder) for folder in maps]
+    commit = re.fullmatch("[0-9a-f]{40}", space.revision)
     try:
-        encoder = encoder_of(model or docs.space.model)
+        encoder = TextEncoder(
+            model or space.model,
+            revision=space.revision if commit and model is None else None,
+            document_prompt=space.document_prompt,
+            query_prompt=space.query_prompt,
+            max_length=max_length,
+        )
     except ModelError as error:
         if model is not None:
             raise
-        fail(f"{docs.space.label}: {error} Say where the gallery's encoder is with --model.")
+        fail(f"{space.label}: {error} Say where the gallery's encoder is with --model.")
 
     def ask(words: list[str]) -> Embeddings:
         vectors = encoder.encode(words, role="query", show_progress=False)
         for one in fitted:
             vectors = one.transform(vectors)
-        if docs.space.cut is not None:
-            vectors = vectors.prefix(docs.space.cut)
+        if space.cut is not None:
+            vectors = vectors.prefix(space.cut, allow_untrained=allow_untrained)
         return vectors
 
     return ask
 
 
-def _texts_of(path: Path | None) -> dict[str, str]:
+def _texts_of(path: Path | None, column: str | None) -> dict[str, str]:
     if path is None:
         return {}
-    from nestvec.corpus import read_texts
-
-    texts = read_texts(path)
+    texts = read_source(path, "document", column)
     return dict(zip(texts.ids, texts.texts, strict=True))
 
 

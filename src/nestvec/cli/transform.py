@@ -16,6 +16,8 @@ Examples:
   nestvec transform docs.safetensors --map nest/ -o nested.safetensors
 
   nestvec transform nested.safetensors --dim 128 -o docs128.parquet
+
+  nestvec transform old.npy --model-name text-embedding-3-small -o old.safetensors    (stamp)
 """
 
 
@@ -46,7 +48,7 @@ def transform(
 
         for folder in map:
             found = load_map(folder).transform(found)
-    elif dim is None and output.suffix == vectors.suffix:
+    elif dim is None and model_name is None and output.suffix == vectors.suffix:
         fail("nothing to do: give --map, --dim, or an output of another format.")
     if dim is not None:
         found = found.prefix(dim, allow_untrained=allow_untrained)
