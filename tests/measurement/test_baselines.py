@@ -20,10 +20,11 @@ def sides(rng):
 
 def test_product_quantiser_takes_at_most_the_bytes_of_the_int8_prefix(sides):
     found = list(baselines.product_quantisation(*sides, dims=(4, 9, 16, 48)))
-    assert [c.bytes_per_vector for c in found] == [4, 8, 16]
-    assert [c.macs_each for c in found] == [4, 8, 16]
+    assert [c.bytes_per_vector for c in found] == [4, 8, 16, 48]
+    assert [c.macs_each for c in found] == [4, 8, 16, 48]
     errors = [np.square(c.gallery - sides[0]).sum() for c in found]
     assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3 * len(sides[0])  # a byte a dimension leaves nothing to gain
 
 
 def test_decoded_product_quantiser_scores_what_faiss_scores(sides):
@@ -111,6 +112,11 @@ def test_bm25_finds_shared_words_and_nothing_else():
     rows = bm25.bm25(docs, ["running dog", "xylophone"], 4)
     assert rows[0].tolist() == [1, 2, -1, -1]
     assert rows[1].tolist() == [-1] * 4
+
+
+def test_bm25_finds_nothing_in_stop_words():
+    rows = bm25.bm25(["the of", "and a", ""], ["cat", "the"], 2)
+    assert rows.tolist() == [[-1, -1], [-1, -1]]
 
 
 def test_fusion_sums_reciprocal_ranks():

@@ -124,6 +124,40 @@ def test_all_baselines_stand_in_one_table(found):
     assert "product_quantisation" in text
 
 
+def test_word_matching_that_finds_nothing_scores_nothing(found):
+    docs, queries, qrels = found
+    texts = ["the of"] * 500, ["and"] * 60
+    names = ("truncation", "bm25", "bm25_fusion")
+    got = measure(docs, queries, qrels, dims=(8,), texts=texts, baselines=names)
+    assert got.get("bm25")["value"] == 0
+    assert got.get("bm25_fusion")["value"] == got.get("full")["value"]
+
+
+def test_word_matching_without_texts_leaves_a_note(found):
+    docs, queries, qrels = found
+    got = measure(docs, queries, qrels, dims=(8,), baselines=("bm25",))
+    assert got.notes == [
+        "bm25 not in the table: retrieval with texts=(documents, queries) is needed."
+    ]
+    assert measure(docs, dims=(8,), baselines=("bm25",)).notes == got.notes
+    everything = measure(docs[:50], queries, {"q0": {str(docs.ids[0]): 1}}, dims=(8,))
+    assert any(
+        note.startswith("bm25 and bm25_fusion not in the table") for note in everything.notes
+    )
+    assert measure(docs[:50], dims=(8,)).notes == []
+
+
+def test_map_whose_name_ends_in_rotation_is_taken_as_it_is(rng):
+    class Squeeze:
+        def transform(self, vectors):
+            return Embeddings(vectors.array / np.arange(1, 33), vectors.space, vectors.ids)
+
+    rows = Embeddings(rng.normal(size=(80, 32)), SPACE)
+    got = measure(rows, dims=(8,), maps={"my_rotation": Squeeze()}, baselines=False)
+    assert got.spectrum["my_rotation"][0] > 2 * got.spectrum["full"][0]
+    assert got.get("my_rotation", 32, "rankme")["value"] < got.get("full", metric="rankme")["value"]
+
+
 def test_missing_extra_leaves_a_note_and_not_an_error(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     got = measure(*found, dims=(8,), baselines=("truncation", "product_quantisation"))
@@ -373,6 +407,19 @@ def test_two_spaces_are_not_compared(found):
         (lambda d, q, r: measure(d, dropped=("d1",)), DataError, "dropped= is for retrieval"),
         (lambda d, q, r: measure(d, texts=(["a"], ["b"])), DataError, "retrieval only"),
         (lambda d, q, r: measure(d, q, r, texts=(["a"], ["b"])), DataError, "1 documents and 1"),
+        (
+            lambda d, q, r: measure(d, q, r, texts=(["a"] * 500, ["b"] * 180)),
+            DataError,
+            "180 queries given for 500 and 60 vectors",
+        ),
+        (lambda d, q, r: measure(d, q, r, k=0), DataError, "k=0: pass 1 or more"),
+        (lambda d, q, r: measure(d, k=0), DataError, "k=0: pass 1 or more"),
+        (lambda d, q, r: measure(d, n_resamples=0), DataError, "n_resamples=0: pass 1 or more"),
+        (
+            lambda d, q, r: ClassificationTask(d, [0, 1] * 250, q, ["0", "1"] * 30),
+            DataError,
+            "no test row is of a class of train_labels.*like '0'.*like 0",
+        ),
         (lambda d, q, r: measure(d, q, r, maps={"int8": None}), DataError, "name of a baseline"),
         (lambda d, q, r: measure(d, task=LabelFreeTask(d)), DataError, "carries its own vectors"),
         (lambda d, q, r: measure(np.full((9, 4), np.nan)), DataError, "row 0 holds NaN"),

@@ -21,20 +21,22 @@ from nestvec.maps import codes
 
 Matrix = NDArray[np.float32]
 
-#: Every baseline, in the order of the table. The last two need ``texts``.
+ROTATIONS = ("random_rotation", "principal_rotation")
+BY_WORDS = ("bm25", "bm25_fusion")  #: these need ``texts``
+
+#: Every baseline, in the order of the table.
 NAMES = (
     "truncation",
-    "random_rotation",
-    "principal_rotation",
+    *ROTATIONS,
     "int8",
     "binary",
     "product_quantisation",
     "csr",
-    "bm25",
-    "bm25_fusion",
+    *BY_WORDS,
 )
 
 _PQ_ITERATIONS = 10  # of k-means; 25 lower the error by less than 1% (up to 2% at 3 dims a code)
+_PQ_ITERATIONS_FINE = 3  # at 1 or 2 dims a code: hardly an error is left, and most of the time
 _CSR_BUDGETS = 4
 _CSR_MOST_BYTES = 1 << 31  # of the sparse codes scored densely
 
@@ -124,9 +126,8 @@ def product_quantisation(
     """Yield product quantisers of the full vectors at the bytes of each size's int8 prefix.
 
     At most ``dim`` bytes for each size: the most sub-quantisers that divide the full size, of 8
-    bits each (fewer for galleries under 256 rows). Budgets over a third of the full size are left
-    out: there a code has 1 or 2 dims and is as good as lossless. Queries are not quantised.
-    Trained on at most 256 * 256 rows.
+    bits each (fewer for galleries under 256 rows). Queries are not quantised. Trained on at most
+    256 * 256 rows.
 
     References
     ----------
@@ -137,15 +138,15 @@ def product_quantisation(
     n_bits = min(8, int(np.log2(len(gallery))))
     if n_bits < 2:
         raise DataError(f"{len(gallery)} rows are too few to learn a product quantiser.")
-    divisors = [m for m in range(1, full // 3 + 1) if full % m == 0]
-    budgets = sorted({max(m for m in divisors if m <= max(d, 1)) for d in dims if divisors})
+    divisors = [m for m in range(1, full + 1) if full % m == 0]
+    budgets = sorted({max(m for m in divisors if m <= d) for d in dims})
     step = -(-len(gallery) // 65_536)
 
     def quantised(n_codes: int) -> tuple[int, Matrix]:
         # One thread each: faiss' k-means on few dims gets slower with more (seen on 2 cores).
         faiss.omp_set_num_threads(1)
         index = faiss.IndexPQ(full, n_codes, n_bits, faiss.METRIC_INNER_PRODUCT)
-        index.pq.cp.niter = _PQ_ITERATIONS
+        index.pq.cp.niter = _PQ_ITERATIONS if n_codes <= full // 3 else _PQ_ITERATIONS_FINE
         index.pq.cp.min_points_per_centroid = 1  # no warning: small galleries are what they are
         index.train(np.ascontiguousarray(gallery[::step]))
         return index.sa_code_size(), index.sa_decode(index.sa_encode(gallery))

@@ -27,9 +27,11 @@ def bm25(docs: Sequence[str], queries: Sequence[str], depth: int) -> Rows:
         bm25s.tokenize(list(texts), stopwords="en", stemmer=stemmer, show_progress=False)
         for texts in (docs, queries)
     ]
+    depth = min(depth, len(docs))
+    if not any(len(words) for words in tokens[0].ids):  # bm25s fails without a single word
+        return np.full((len(queries), depth), -1, np.int64)
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
     index.index(tokens[0], show_progress=False)
-    depth = min(depth, len(docs))
     rows, scores = index.retrieve(tokens[1], k=depth, show_progress=False)
     return np.where(np.asarray(scores) > 0, np.asarray(rows), -1).astype(np.int64)
 

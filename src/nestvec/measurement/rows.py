@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,17 @@ def quality_rows(
 
 
 def rank_rows(
-    nested: Mapping[str, Matrix], sizes: Sequence[int], *, dataset: str, seed: int
+    nested: Mapping[str, Matrix],
+    sizes: Sequence[int],
+    rotations: Collection[str],
+    *,
+    dataset: str,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """RankMe of every prefix, and of every block between two sizes, with jackknife intervals."""
+    """RankMe of every prefix, and of every block between two sizes, with jackknife intervals.
+
+    ``rotations`` names the methods whose rank at the full size is that of the vectors as given.
+    """
     full = label_free.rankme_left_out(nested["full"], seed=seed)
     rows = []
     for method, side in nested.items():
@@ -94,7 +102,7 @@ def rank_rows(
                 "bytes_per_vector": 4 * dim,
                 "macs_per_query": None,
             }
-            if not (whole and method.endswith("_rotation")):  # there it is the full size's
+            if not (whole and method in rotations):
                 left_out = label_free.rankme_left_out(normalise(side[:, :dim]), seed=seed)
                 value, low, high = label_free.jackknife(left_out)
                 difference = label_free.jackknife(left_out - full)

@@ -24,6 +24,7 @@ from nestvec.measurement.tasks import (
     RetrievalTask,
     STSTask,
     Task,
+    check_positive,
     unit,
 )
 from nestvec.search.exact import top_k
@@ -103,8 +104,8 @@ def measure(
     SpaceMismatchError
         If the two sides live in two spaces.
     DataError
-        If ids of the qrels are unknown, no query has a relevant document, or a matrix holds NaN,
-        Inf or rows without length.
+        If ids of the qrels are unknown, no query has a relevant document, a matrix holds NaN,
+        Inf or rows without length, or ``k`` or ``n_resamples`` is below 1.
     MissingExtraError
         If ``nestvec[measure]`` is not installed and retrieval is measured. A baseline whose extra
         is missing is left out, and ``Curve.notes`` says so.
@@ -123,13 +124,20 @@ def measure(
     taken = sorted({"full", *ways.NAMES[:1], *ways.NAMES[3:]} & set(maps))
     if taken:
         raise DataError(f"maps: {taken[0]!r} is the name of a baseline; choose another.")
-    if texts is not None and not isinstance(work, RetrievalTask):
-        raise DataError("texts are for BM25, which is a baseline of retrieval only.")
+    check_positive(n_resamples, "n_resamples")
+    if texts is not None:
+        _check_texts(work, texts)
     full = work.gallery.dim
     sizes = _sizes(dims, work.gallery)
     cuts = sizes[:-1]
     gallery, asking = unit(work.gallery), unit(work.asking)
     notes = list(work.notes)
+    by_words = [n for n in ways.BY_WORDS if n in names]
+    if texts is None and by_words and (isinstance(work, RetrievalTask) or baselines is not True):
+        notes.append(
+            f"{' and '.join(by_words)} not in the table: retrieval with texts=(documents, queries) "
+            f"is needed."
+        )
 
     nested = {"full": (gallery, asking)}  # method -> both sides at full size
     steps: list[tuple[str, Callable[[], Iterator[Candidate]]]] = [
@@ -137,7 +145,8 @@ def measure(
     ]
     if "truncation" in names:
         steps.append(("truncation", partial(ways.prefixes, "truncation", gallery, asking, cuts)))
-    for name in (n for n in names if n.endswith("_rotation")):
+    rotations = [n for n in names if n in ways.ROTATIONS]
+    for name in rotations:
         try:
             nested[name] = ways.rotated(name, gallery, asking, seed=seed)
         except MissingExtraError as error:
@@ -173,13 +182,13 @@ def measure(
                 notes.append(f"{name} is not in the table: {error}")
             advance(1)
     if texts is not None and isinstance(work, RetrievalTask):
-        scored += _word_matching(work, texts, names, notes)
+        scored += _word_matching(work, texts, by_words, notes)
 
     rows = quality_rows(work, scored, dataset=dataset, n_resamples=n_resamples, seed=seed)
     sample = _sample(len(gallery), seed)
     if isinstance(work, LabelFreeTask):
         sampled = {method: side[sample] for method, (side, _) in nested.items()}
-        rows += rank_rows(sampled, sizes, dataset=dataset, seed=seed)
+        rows += rank_rows(sampled, sizes, rotations, dataset=dataset, seed=seed)
     meta = {
         "dataset": dataset,
         "task": type(work).__name__,
@@ -196,7 +205,7 @@ def measure(
     spectra = {
         name: label_free.spectrum(side[sample]).tolist()
         for name, (side, _) in nested.items()
-        if not name.endswith("_rotation")  # a rotation changes no eigenvalue
+        if name not in rotations  # a rotation changes no eigenvalue
     }
     curve = Curve(rows, meta, notes, spectra)
     curve.notes += _worth_fitting(curve)
@@ -266,21 +275,25 @@ def _scored(task: Task, way: Candidate) -> Scored:
     )
 
 
+def _check_texts(task: Task, texts: tuple[Sequence[str], Sequence[str]]) -> None:
+    if not isinstance(task, RetrievalTask):
+        raise DataError("texts are for BM25, which is a baseline of retrieval only.")
+    given, needed = [len(side) for side in texts], [len(task.gallery), task.n_queries]
+    if given != needed:
+        raise DataError(
+            f"texts: {given[0]} documents and {given[1]} queries given for {needed[0]} and "
+            f"{needed[1]} vectors; row i of one is row i of the other."
+        )
+
+
 def _word_matching(
     task: RetrievalTask,
     texts: tuple[Sequence[str], Sequence[str]],
-    names: Sequence[str],
+    wanted: Sequence[str],
     notes: list[str],
 ) -> Iterator[Scored]:
     """BM25, and its fusion with the full-size vectors."""
     docs, queries = texts
-    if len(docs) != len(task.gallery) or len(queries) <= task.asked.max():
-        raise DataError(
-            f"texts: {len(docs)} documents and {len(queries)} queries given for "
-            f"{len(task.gallery)} and {task.asked.max() + 1} or more vectors; row i of one is "
-            f"row i of the other."
-        )
-    wanted = [n for n in ("bm25", "bm25_fusion") if n in names]
     if not wanted:
         return
     depth = max(bm25.FUSION_DEPTH, task.depth)

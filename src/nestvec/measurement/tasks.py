@@ -43,6 +43,12 @@ def stamped(vectors: Embeddings | ArrayLike, name: str) -> Embeddings:
     return vectors
 
 
+def check_positive(value: int, name: str) -> None:
+    """Refuse a count below 1."""
+    if value < 1:
+        raise DataError(f"{name}={value}: pass 1 or more.")
+
+
 def unit(vectors: Embeddings) -> Matrix:
     """Return the rows at length 1."""
     return vectors.normalised().array
@@ -99,6 +105,7 @@ class RetrievalTask(Task):
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        check_positive(self.k, "k")
         self.gallery = stamped(self.docs, "docs")
         queries = stamped(self.queries, "queries")
         self.gallery.space.check_same(queries.space)
@@ -119,6 +126,7 @@ class RetrievalTask(Task):
                 "qrels: no query has a relevant document (a grade > 0), so there is nothing to "
                 "measure. Check the grades, or leave qrels out to measure without labels."
             )
+        self.n_queries = len(queries)
         #: rows of ``queries`` that are asked, in order
         self.asked = np.array([rows[q] for q in self.query_ids], dtype=np.int64)
         self.asking = queries[self.asked]
@@ -169,6 +177,7 @@ class ClassificationTask(Task):
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        check_positive(self.k, "k")
         self.gallery, self.asking = stamped(self.train, "train"), stamped(self.test, "test")
         self.gallery.space.check_same(self.asking.space)
         train = _one_each(self.train_labels, len(self.gallery), "train_labels")
@@ -177,6 +186,12 @@ class ClassificationTask(Task):
         if len(self._classes) < 2:
             raise DataError(f"train_labels: one class only ({self._classes[0]!r}); two are needed.")
         unseen = ~np.isin(test, self._classes)
+        if unseen.all():
+            raise DataError(
+                f"test_labels: no test row is of a class of train_labels. They are like "
+                f"{test.tolist()[0]!r} and train_labels like {train.tolist()[0]!r}; pass labels "
+                f"of the same classes and of one type."
+            )
         if unseen.any():
             self.notes.append(f"{int(unseen.sum())} test rows are of classes without train rows.")
         place = np.searchsorted(self._classes, test).clip(max=len(self._classes) - 1)
@@ -268,6 +283,7 @@ class LabelFreeTask(Task):
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        check_positive(self.k, "k")
         self.gallery = stamped(self.docs, "docs")
         if len(self.gallery) < 2:
             raise DataError("docs: 1 row has no neighbours; at least 2 are needed.")
