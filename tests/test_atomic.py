@@ -1,7 +1,9 @@
 """What stands at a path is the old thing or the new thing, whatever happens in between."""
 
 import errno
+import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +37,7 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
 def test_a_folder_is_replaced_and_nothing_else_is_left(tmp_path):
     target = tmp_path / "x"
     for word in ("old", "new"):
-        with written_beside(target) as scratch:
+        with written_beside(target, ours=["inside"]) as scratch:
             _folder(scratch, word)
         assert (target / "inside" / "word").read_text() == word
     assert _names(tmp_path) == ["x"]
@@ -58,7 +60,7 @@ def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path, monkeypatch):
         raise AssertionError("a moment with neither")
 
     monkeypatch.setattr(Path, "rename", renamed)
-    with written_beside(target) as scratch:
+    with written_beside(target, ours=["inside"]) as scratch:
         _folder(scratch, "new")
     assert (target / "inside" / "word").read_text() == "new"
 
@@ -97,13 +99,50 @@ def test_a_full_disk_is_a_storage_error_whoever_says_so(tmp_path, error):
 
 def test_a_file_does_not_replace_a_folder(tmp_path):
     target = tmp_path / "x"
-    _folder(target, "old")
+    target.mkdir()
     with (
         pytest.raises(StorageError, match="a folder of that name stands there"),
         written_beside(target) as scratch,
     ):
         scratch.write_text("new")
+    assert _names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("ours", [[], ["map.json"]])
+def test_a_folder_that_holds_anything_else_is_refused_before_the_work(tmp_path, ours):
+    target = tmp_path / "precious"
+    _folder(target, "old")
+    (target / "map.json").write_text("")
+    with (
+        pytest.raises(StorageError, match=r"precious: .*'inside'.* would be lost\. Choose another"),
+        written_beside(target, ours=ours),
+    ):
+        raise AssertionError("the body ran")
     assert (target / "inside" / "word").read_text() == "old"
+    assert _names(tmp_path) == ["precious"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "x").mkdir()
+    with written_beside(tmp_path / "x") as scratch:
+        _folder(scratch, "new")
+    assert (tmp_path / "x" / "inside" / "word").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)]
+)
+def test_what_is_written_may_be_read_by_whom_the_umask_says(tmp_path, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        with written_beside(tmp_path / "x") as scratch:
+            _folder(scratch, "new")
+            (scratch / "inside" / "word").chmod(0o600)
+            (scratch / "inside").chmod(0o700)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "x" / inside for inside in (".", "inside", "inside/word")]
+    assert [stat.S_IMODE(p.stat().st_mode) for p in written] == [folder, folder, file]
 
 
 def test_a_place_that_is_no_folder_is_a_storage_error(tmp_path):

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from nestvec.errors import NestvecError, StorageError
@@ -24,12 +25,28 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(path: Path) -> None:
+def _modes(free: Path) -> tuple[int, int]:
+    """Return what a new file and a new folder may be used for here, found by making them.
+
+    Asking for the umask would mean setting it, which other threads would notice.
+    """
+    free.touch()
+    file = free.stat().st_mode
+    free.unlink()
+    free.mkdir()
+    folder = free.stat().st_mode
+    free.rmdir()
+    return stat.S_IMODE(file), stat.S_IMODE(folder)
+
+
+def _sync_tree(path: Path, file_mode: int, folder_mode: int) -> None:
     inside = list(path.rglob("*")) if path.is_dir() else []
     for entry in [*inside, path]:
         if entry.is_dir():
+            entry.chmod(folder_mode)
             sync_folder(entry)
         else:
+            entry.chmod(file_mode)  # some libraries make files that only their owner reads
             with entry.open("rb") as handle:
                 os.fsync(handle.fileno())
 
@@ -62,23 +79,45 @@ def _exchange(a: Path, b: Path) -> bool:
     return done == 0
 
 
+def make_way(target: Path, ours: Collection[str] = ()) -> None:
+    """Make the folders above ``target``; raise `StorageError` if what stands there has to stay.
+
+    A folder has to stay if it holds anything whose name is not among ``ours``.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        names = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {_reason(error)}.") from error
+    foreign = [name for name in names if name not in ours]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise StorageError(
+            f"cannot write {target}: a folder stands there with {foreign[0]!r}{more} in it, which "
+            f"would be lost. Choose another name, or remove that folder yourself."
+        )
+
+
 @contextlib.contextmanager
-def written_beside(target: str | os.PathLike[str]) -> Iterator[Path]:
+def written_beside(target: str | os.PathLike[str], *, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yield a scratch path in the target's folder; on success it replaces ``target`` at once.
 
     Write a file or make a folder at the path that is yielded. If the body fails, the scratch is
-    removed and whatever stood at ``target`` is untouched. Disk errors become `StorageError`.
+    removed and whatever stood at ``target`` is untouched. Disk errors become `StorageError`. A
+    folder is replaced only by a folder, and only if it holds nothing but names among ``ours``. What
+    is written may be read by whom the umask says, whichever library wrote it.
     """
     target = Path(target)
+    make_way(target, ours)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         scratch_home = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise StorageError(f"cannot write {target}: {_reason(error)}.") from error
     scratch = scratch_home / target.name
     try:
+        modes = _modes(scratch)
         yield scratch
-        _sync_tree(scratch)
+        _sync_tree(scratch, *modes)
         _put_in_place(scratch, target)
         sync_folder(target.parent)
     except NestvecError:

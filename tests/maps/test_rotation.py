@@ -111,6 +111,17 @@ def test_saved_then_loaded_is_the_same_map(kind, rng, tmp_path):
     np.testing.assert_array_equal(loaded.transform(x), fitted.transform(x))
 
 
+def test_a_map_replaces_a_map_and_no_other_folder(rng, tmp_path):
+    first, second = (PrincipalRotation(dims=dims).fit(skewed(rng)) for dims in [(2, 12), (4, 12)])
+    first.save(tmp_path / "map")
+    assert load_map(second.save(tmp_path / "map")).dims_ == (4, 12)
+    (tmp_path / "map" / "notes.txt").write_text("precious")
+    with pytest.raises(StorageError, match=r"'notes\.txt' in it, which would be lost"):
+        first.save(tmp_path / "map")
+    assert (tmp_path / "map" / "notes.txt").read_text() == "precious"
+    assert load_map(tmp_path / "map").dims_ == (4, 12)
+
+
 def test_a_loaded_rotation_goes_on_learning(rng, tmp_path):
     x, more = skewed(rng), skewed(rng)
     PrincipalRotation().fit(x).save(tmp_path / "map")

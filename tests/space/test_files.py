@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +83,37 @@ def test_saving_again_replaces_and_leaves_nothing_beside(vectors, end, tmp_path)
     vectors[:3].save(path)
     _assert_same(nv.load(path), vectors[:3])
     assert _names(tmp_path) == [path.name]
+
+
+def test_every_format_may_be_read_by_whom_the_umask_says(vectors, end, tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = vectors.save(tmp_path / f"x{end}")
+    finally:
+        os.umask(before)
+    for part in [path, *path.rglob("*")]:
+        assert stat.S_IMODE(part.stat().st_mode) == (0o755 if part.is_dir() else 0o644)
+
+
+def test_a_folder_of_something_else_is_not_replaced(vectors, end, tmp_path):
+    path = tmp_path / f"x{end}"
+    path.mkdir()
+    (path / "thesis.txt").write_text("precious")
+    with pytest.raises(StorageError, match=r"'thesis\.txt' in it, which would be lost"):
+        vectors.save(path)
+    assert (path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_lance_dataset_with_all_its_parts_is_replaced(vectors, tmp_path):
+    lance = pytest.importorskip("lance", reason="nestvec[index]")
+    path = vectors.save(tmp_path / "x.lance")
+    dataset = lance.dataset(str(path))
+    dataset.delete("id = 'dök/3'")
+    dataset.create_scalar_index("id", "BTREE")
+    dataset.tags.create("first", 1)
+    dataset.create_branch("side")
+    assert {"_indices", "_deletions", "_refs", "tree"} <= set(_names(path))
+    _assert_same(nv.load(vectors.save(path)), vectors)
 
 
 def test_a_moved_file_still_opens(vectors, end, tmp_path):
@@ -221,6 +254,41 @@ def test_a_csv_from_pandas_loses_its_numbered_header(tmp_path):
     assert nv.load(tmp_path / "x.csv", space="m").ids.tolist() == ["r", "s"]
 
 
+@pytest.mark.parametrize("index", ["", "Unnamed: 0"])
+def test_an_unnamed_index_beside_named_ids_is_no_dim(tmp_path, index):
+    for head in ("id,0,1", "id,a,b", "ID,a,b"):
+        (tmp_path / "x.csv").write_text(f"{index},{head}\n7,r,1,2\n8,s,3,4\n")
+        got = nv.load(tmp_path / "x.csv", space="m")
+        np.testing.assert_array_equal(got.array, [[1, 2], [3, 4]])
+        assert got.ids.tolist() == ["r", "s"]
+
+
+@pytest.mark.parametrize("first", ["0.1,N/A,0.3", "0.1,,0.3", "N/A,N/A,0.3", ",0.2,0.3", "r,1,2"])
+def test_a_first_row_with_a_bad_cell_is_no_header(tmp_path, first):
+    (tmp_path / "x.csv").write_text(f"{first}\n1,2,3\n4,5,6\n")
+    with pytest.raises(FileFormatError, match="line 1 is not a list of numbers"):
+        nv.load(tmp_path / "x.csv", space="m")
+
+
+def test_ids_in_front_of_numbered_columns_are_a_header(tmp_path):
+    (tmp_path / "x.csv").write_text("id,0,1\nr,1,2\n")
+    got = nv.load(tmp_path / "x.csv", space="m")
+    assert (got.ids.tolist(), got.array.tolist()) == (["r"], [[1, 2]])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "X.JSONL.GZ", "x.csv"])
+def test_text_formats_are_utf8_with_a_mark_in_any_locale(tmp_path, name):
+    text = "id,a\nä,1\n" if name == "x.csv" else '{"id": "ä", "vector": [1]}\n'
+    data = ("\ufeff" + text).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    code = "import sys, nestvec as nv; print(ascii(nv.load(sys.argv[1], space='m').ids.tolist()))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / name)], env=env, capture_output=True, text=True
+    )
+    assert done.stdout == "['\\xe4']\n", done.stderr
+
+
 def test_a_safetensors_file_of_one_tensor_is_read(rng, tmp_path):
     from safetensors.numpy import save_file
 
@@ -304,6 +372,9 @@ def test_a_missing_file_is_a_storage_error(tmp_path, plain):
         ('{"embedding": [1, 2]}\n{"text": "a"}', "line 2 has no"),
         ('{"embedding": [1, "x"]}', "line 1 is not a list of numbers"),
         ('{"embedding": 3}', "line 1 is not a list of numbers"),
+        ('{"embedding": {"0": 0.3}}', "line 1 is not a list of numbers .it is a dict"),
+        ('{"vector": "123"}', "line 1 is not a list of numbers .it is a str"),
+        ('"123"', "line 1 is not a list of numbers .it is a str"),
         ('{"id": 1, "embedding": [1]}\n{"embedding": [2]}', "1 of 2 rows have an id"),
         ('{"id": 1, "embedding": [1]}\n{"id": 1, "embedding": [2]}', "duplicate ids"),
         ('{"embedding": [1, NaN]}', "row 0 holds NaN"),

@@ -133,7 +133,8 @@ class FittedMap(TransformerMixin, BaseEstimator):
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the map as ``map.safetensors`` and ``map.json``; `load_map` reads it back.
 
-        Written beside and renamed: a reader sees the old map or the new one, never half of one.
+        Written beside and renamed: a reader sees the old map or the new one, never half of one. A
+        folder that holds anything but a map is not replaced: `StorageError`.
         """
         check_is_fitted(self)
         about = {
@@ -147,7 +148,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
             **self._about(),
         }
         text = json.dumps(about, indent=2, default=_plain) + "\n"
-        with written_beside(folder) as scratch:
+        with written_beside(folder, ours=(_ABOUT, _ARRAYS)) as scratch:
             scratch.mkdir()
             save_file(
                 {k: np.ascontiguousarray(v) for k, v in self._arrays().items()}, scratch / _ARRAYS

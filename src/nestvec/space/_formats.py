@@ -180,10 +180,10 @@ def _read_lance(path: Path) -> Raw:
 
 
 def _read_jsonl(path: Path) -> Raw:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open()
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     rows: list[NDArray[np.float32]] = []
     ids: list[Any] = []
-    with opened as file:
+    with opened(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -196,6 +196,10 @@ def _read_jsonl(path: Path) -> Raw:
                     f"line {number} has no {' or '.join(map(repr, _VECTORS))}, only "
                     f"{', '.join(map(repr, row))}"
                 )
+            if not isinstance(vector, list):
+                raise FileFormatError(
+                    f"line {number} is not a list of numbers (it is a {type(vector).__name__})"
+                )
             rows.append(_numbers(vector, number, rows))
             ids.extend(row[k] for k in _IDS[:2] if k in row)
     return Raw(_stack(rows), _ids_of_all(ids, len(rows)), None)
@@ -207,19 +211,42 @@ def _read_csv(path: Path) -> Raw:
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = _numbered(csv.reader(file))
         number, first = next(lines, (0, []))
-        # pandas numbers its columns from 0, so a header may look like data
-        is_header = not all(map(_is_number, first)) or first == [str(i) for i in range(len(first))]
-        id_at = next((i for i, name in enumerate(first) if name.strip() in ("", *_IDS)), None)
-        id_at = id_at if is_header else None
-        for at, cells in lines if is_header else itertools.chain([(number, first)], lines):
+        id_at, beside = _id_columns(first)
+        if not _is_header(first):
+            id_at, beside = None, set()
+            lines = itertools.chain([(number, first)], lines)
+        for at, cells in lines:
             if id_at is not None and id_at < len(cells):
-                ids.append(cells.pop(id_at))
-            rows.append(_numbers(cells, at, rows))
+                ids.append(cells[id_at])
+            rows.append(_numbers([c for i, c in enumerate(cells) if i not in beside], at, rows))
     return Raw(_stack(rows), ids or None, None)
 
 
 def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
     return ((number, row) for number, row in enumerate(rows, 1) if row)
+
+
+def _id_columns(header: Sequence[str]) -> tuple[int | None, set[int]]:
+    """Return which column holds the ids, and all columns that are no part of the vector.
+
+    What is called an id comes before the unnamed index that pandas writes in front.
+    """
+    names = [name.strip().lower() for name in header]
+    named = [i for i, name in enumerate(names) if name in _IDS][:1]
+    index = [i for i, n in enumerate(names) if (n, i) == ("", 0) or n.startswith("unnamed: ")]
+    return next(iter(named + index), None), {*named, *index}
+
+
+def _is_header(first: Sequence[str]) -> bool:
+    """Tell a line of names from a row of the vectors in which some number is missing."""
+    names = [name.strip().lower() for name in first]
+    if any(name in _IDS for name in names):
+        return True
+    _, beside = _id_columns(first)
+    rest = [name for i, name in enumerate(names) if i not in beside]
+    # pandas numbers its columns from 0, so a header may look like data
+    numbered = rest == [str(i) for i in range(len(rest))]
+    return numbered or not any(name == "" or _is_number(name) for name in rest)
 
 
 def _is_number(cell: str) -> bool:
@@ -282,6 +309,13 @@ WRITERS: Mapping[str, Write] = {
     ".arrow": _write_ipc,
     ".feather": _write_ipc,
     ".lance": _write_lance,
+}
+# The formats that are folders, and what Lance keeps in one. A name that a later Lance adds is
+# refused when the dataset is to be replaced, not lost.
+FOLDERS: Mapping[str, tuple[str, ...]] = {
+    ".lance": tuple(
+        "data tree _versions _transactions _indices _deletions _refs _latest.manifest".split()
+    ),
 }
 READERS: Mapping[str, Read] = {
     ".safetensors": _read_safetensors,

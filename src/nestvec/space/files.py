@@ -48,7 +48,8 @@ def save(embeddings: Embeddings, path: str | os.PathLike[str]) -> Path:
     FileFormatError
         If the ending is not one that can carry a stamp.
     StorageError
-        If the disk refuses (full, read-only); what stood at ``path`` is untouched.
+        If the disk refuses (full, read-only), or a folder stands at ``path`` with anything in it
+        but a Lance dataset's parts; what stood at ``path`` is untouched.
     """
     path = Path(path)
     write = _formats.WRITERS.get(path.suffix.lower())
@@ -58,9 +59,14 @@ def save(embeddings: Embeddings, path: str | os.PathLike[str]) -> Path:
             f"Choose one of {', '.join(STAMPED)}."
         )
     stamp = json.dumps(embeddings.space.to_dict(), sort_keys=True)
-    with written_beside(path) as scratch:
+    with written_beside(path, ours=parts_of(path)) as scratch:
         write(scratch, embeddings.array, embeddings.ids, stamp)
     return path
+
+
+def parts_of(path: Path) -> tuple[str, ...]:
+    """Return the names that a folder `save` wrote at ``path`` may hold; none if it is a file."""
+    return _formats.FOLDERS.get(path.suffix.lower(), ())
 
 
 def load(path: str | os.PathLike[str], *, space: Space | str | None = None) -> Embeddings:
