@@ -87,6 +87,7 @@ def test_ids_are_integers_or_strings():
     [
         ([1, 2, 1], "1 duplicate ids; .* in rows 0 and 2"),
         (["a", "b", "b"], "'b'.* in rows 1 and 2"),
+        (["a", "b\ud83d", "c"], "id of row 1, .* holds half of a character"),
         ([1, 2], "one id a row"),
         ([1.0, 2.0, 3.0], "integers or strings"),
         (np.array([1, 2, 2**63], dtype=np.uint64), "does not fit int64"),

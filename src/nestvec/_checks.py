@@ -76,6 +76,12 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
         raise DataError(f"{name}: ids are integers or strings, got dtype {array.dtype}.")
     if array.shape != (n,):
         raise DataError(f"{name}: {array.shape} ids for {n} rows; one id a row is needed.")
+    if array.dtype.kind == "U" and not is_unicode("".join(array.tolist())):
+        row = next(row for row, one in enumerate(array.tolist()) if not is_unicode(one))
+        raise DataError(
+            f"{name}: the id of row {row}, {str(array[row])!r}, holds half of a character (a lone "
+            f"surrogate), so it cannot be written as UTF-8. Replace it."
+        )
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) != n:
         twice = int(np.flatnonzero(counts > 1)[0])
@@ -85,6 +91,15 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
             f"{rows[0]} and {rows[1]}. Ids must be unique."
         )
     return array
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text has no lone surrogates, which neither files nor tokenizers take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def normalise(matrix: NDArray[np.float32], *, name: str = "embeddings") -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import pytest
 
 import nestvec as nv
 from nestvec import CallableEncoder
-from nestvec.errors import DataError, FileFormatError, ModelError
+from nestvec.errors import DataError, FileFormatError, ModelError, StorageError
 from nestvec.space import Space
 
 
@@ -79,6 +79,9 @@ def test_encode_takes_a_function_with_a_name():
         ("one text", None, r"pass \[text\]"),
         (["a", ""], None, "row 1 has no content"),
         (["a", "\n "], [7, 8], r"row 1 \(id 8\) has no content"),
+        (["a", "hello \ud83d world"], ["x", "y"], r"row 1 \(id 'y'\) holds half of a character"),
+        (["a", "undecodable \udcff"], None, "row 1 holds half of a character"),
+        (["a", "b"], ["x", "x\ud83d"], "id of row 1, .* half of a character"),
         (["a", "b"], ["x", "x"], "duplicate ids"),
         (["a", "b"], ["x"], "one id a row"),
     ],
@@ -181,6 +184,16 @@ def test_encode_to_leaves_only_the_file(encoder, tmp_path):
 def test_encode_to_refuses_an_ending_before_the_work(tmp_path):
     with pytest.raises(FileFormatError, match=r"choose one of \.safetensors"):
         CallableEncoder(Interrupted(0), name="m", dim=8).encode_to(tmp_path / "x.csv", TEXTS)
+
+
+@pytest.mark.parametrize("name", ["file/x.npz", "folder.npz"])
+def test_encode_to_refuses_a_place_it_cannot_write_before_the_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "folder.npz" / "precious").write_text("")
+    with pytest.raises(StorageError, match=f"cannot write .*{name}: "):
+        CallableEncoder(Interrupted(0), name="m", dim=8).encode_to(tmp_path / name, TEXTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.npz"]
 
 
 SLOW = """

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nestvec import _checks
-from nestvec._atomic import written_beside
+from nestvec._atomic import make_way, written_beside
 from nestvec._progress import progress
-from nestvec.errors import DataError, FileFormatError
+from nestvec.errors import DataError, FileFormatError, StorageError
 from nestvec.space import Embeddings, Space, files
 
 Role = Literal["document", "query"]
@@ -122,8 +122,8 @@ class Encoder(ABC):
         Raises
         ------
         DataError
-            If there is no text, a text has no content, ids do not fit, or ``resume`` holds the
-            chunks of something else.
+            If there is no text, a text has no content or holds a lone surrogate, ids do not fit,
+            or ``resume`` holds the chunks of something else.
         """
         if role not in ("document", "query"):
             raise DataError(f"role {role!r} is neither 'document' nor 'query'.")
@@ -173,12 +173,14 @@ class Encoder(ABC):
         Finished chunks wait in ``<path>.partial/``, which is removed once the file stands. The
         options are those of `encode`, without ``resume``. With ``reuse``, a file that this made
         before of the same texts, ids, model and role is read instead; ``<path>.key`` remembers.
+        Raises what `encode` and `Embeddings.save` raise, before the work where it can be known.
         """
         path = Path(path)
         if path.suffix.lower() not in files.STAMPED:  # said before the work, not after it
             raise FileFormatError(
                 f"cannot save to {path}: choose one of {', '.join(files.STAMPED)}."
             )
+        make_way(path, files.parts_of(path))
         texts = _checked(texts, options.get("ids"))
         partial, known = (path.with_name(f"{path.name}.{end}") for end in ("partial", "key"))
         self._look_again()
@@ -191,7 +193,10 @@ class Encoder(ABC):
                 if options.get("show_progress"):
                     sys.stderr.write(f"{path}: the same {len(texts):,} texts, read again\n")
                 return found
-        known.unlink(missing_ok=True)
+        try:
+            known.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot remove {known}: {error.strerror or error}.") from error
         embeddings = self.encode(texts, resume=partial, **options)
         embeddings.save(path)
         if reuse:
@@ -214,7 +219,7 @@ class Encoder(ABC):
         """Hash everything that decides what a chunk holds."""
         digest = hashlib.sha256(f"{self.space.space_id} {role} {self.batch_size}".encode())
         for text in texts:
-            encoded = text.encode(errors="surrogatepass")
+            encoded = text.encode()
             digest.update(b"%d:" % len(encoded))
             digest.update(encoded)
         return digest.hexdigest()
@@ -271,10 +276,17 @@ def _checked(texts: Sequence[str], ids: Any) -> list[str]:
     if not found:
         raise DataError("texts: empty; at least one text is needed.")
     for row, text in enumerate(found):
-        if not isinstance(text, str) or not text.strip():
-            named = "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"
-            what = "has no content" if isinstance(text, str) else f"is a {type(text).__name__}"
-            raise DataError(
-                f"texts: row {row}{named} {what}, so there is nothing to embed. Drop it."
+        if not isinstance(text, str):
+            wrong = f"is a {type(text).__name__}, so there is nothing to embed. Drop it."
+        elif not text.strip():
+            wrong = "has no content, so there is nothing to embed. Drop it."
+        elif not _checks.is_unicode(text):
+            wrong = (
+                "holds half of a character (a lone surrogate), which no tokenizer reads. "
+                "Replace it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
             )
+        else:
+            continue
+        named = "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"
+        raise DataError(f"texts: row {row}{named} {wrong}")
     return found
