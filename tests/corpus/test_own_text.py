@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,29 @@ def test_files_of_text_become_numbered_passages(tmp_path, name):
 def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
     (tmp_path / "x.txt").write_bytes("\ufeffcaf\u00e9 ".encode() + b"caf\xe9")
     assert _get(tmp_path / "x.txt") == {"x.txt#1": "caf\u00e9 caf\ufffd"}
+
+
+def test_halves_of_characters_are_replaced_in_texts_and_ids(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"id": "a\\udc00", "text": "hello \\ud83d world"}')
+    assert _get(tmp_path / "x.jsonl") == {"a\ufffd": "hello \ufffd world"}
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+@pytest.mark.parametrize("name", ["x.md", "x.jsonl", "x.csv"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch, name, whole_folder):
+    (tmp_path / "a.txt").write_text("readable")
+    (tmp_path / name).write_text('{"text": "secret"}')
+    opened = open
+
+    def refuse(file, *args, **kwargs):  # root may read everything, so chmod would not do
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StorageError, match=rf"cannot read .*{name}: Permission denied\.$"):
+        read_texts(tmp_path if whole_folder else tmp_path / name)
 
 
 def test_a_page_keeps_its_words_and_loses_its_code(tmp_path):
@@ -79,9 +103,17 @@ def test_rows_keep_their_ids_and_their_titles(tmp_path, name):
 @pytest.mark.parametrize("name", TABLES)
 def test_another_column_is_named_and_rows_without_id_are_numbered(tmp_path, name):
     _table(tmp_path / name, [{"note": "lift"}, {"note": "drag"}])
-    with pytest.raises(FileFormatError, match=r"no column of text .* only 'note'; name it"):
+    with pytest.raises(
+        FileFormatError, match=r"no column of text .* only 'note'; name the column: column="
+    ):
         read_texts(tmp_path / name)
     assert _get(tmp_path / name, column="note") == {f"{name}#1": "lift", f"{name}#2": "drag"}
+
+
+def test_tables_of_utf8_with_a_mark_are_read(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes('\ufeff{"id": "ä", "text": "Straße"}'.encode())
+    (tmp_path / "x.csv").write_bytes("\ufeffid,text\nö,Straße 2".encode())
+    assert _get(tmp_path) == {"ä": "Straße", "ö": "Straße 2"}
 
 
 def test_texts_that_recur_are_kept_once(tmp_path):

@@ -12,7 +12,7 @@ from nestvec.errors import FileFormatError, StorageError
 
 def lines_of(path: Path) -> Iterator[str]:
     """Yield the lines of a file; bytes that are not UTF-8 are replaced."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             yield from file

@@ -7,6 +7,7 @@ import csv
 import html.parser
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from nestvec.errors import DataError, FileFormatError, NestvecError, StorageErro
 _TEXT = ("text", "content", "body", "passage", "document", "sentence")
 _IDS = ("id", "_id")
 _PROSE = (".txt", ".md", ".rst", ".html", ".htm", ".py")
+_HALVES = re.compile(r"[\ud800-\udfff]")  # of characters: JSON can hold one, UTF-8 cannot
 _TABLES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 
@@ -39,7 +41,8 @@ def read_texts(path: str | os.PathLike[str], *, column: str | None = None) -> Te
         A file: ``.txt``, ``.md``, ``.rst``, ``.html``, ``.py`` (its docstrings), ``.jsonl``,
         ``.jsonl.gz``, ``.csv``, ``.tsv``, ``.parquet``, or any other file of text; a folder that
         Hugging Face ``datasets`` saved; or a folder of such files, read recursively (hidden files,
-        binary files and other endings are left out). Bytes that are not UTF-8 are replaced.
+        binary files and other endings are left out). Bytes that are not UTF-8, and halves of
+        characters that JSON may hold (lone surrogates), are replaced by U+FFFD.
     column
         The column or key that holds the text; None takes ``text``, ``content``, ``body``,
         ``passage``, ``document`` or ``sentence``. A ``title`` is put before it.
@@ -47,27 +50,27 @@ def read_texts(path: str | os.PathLike[str], *, column: str | None = None) -> Te
     Returns
     -------
     Texts
-        Passages (see `nestvec.corpus.passages`) in a fixed order. Ids are ``notes/file.md#3``, or
-        a row's own ``id`` (``id#2`` where it gave several passages).
+        Passages (see `nestvec.corpus.passages`) in a fixed order. Ids are ``file.md#3``, of a
+        folder ``sub/file.md#3`` with the path inside it; a row of a table has its own ``id`` (or
+        ``file.csv#7``, its number), with ``#1``, ``#2`` behind it only if it gave several passages.
 
     Raises
     ------
     StorageError
-        If there is no such file.
+        If there is no such file, or one may not be read.
     FileFormatError
         If a file is damaged or has no column of text.
     DataError
         If no text is found, a single file is binary, or rows share an id.
     """
     path = Path(path)
-    if not path.exists():
-        raise StorageError(f"cannot read {path}: there is no such file or folder.")
     found: dict[str, str] = {}  # passage -> id, so that the first of its kind stays
     for document in _documents(path, column):
-        parts = passages(document.text)
+        parts = passages(_whole(document.text))
+        own = _whole(document.id)
         for number, part in enumerate(parts, 1):
             alone = document.is_row and len(parts) == 1
-            found.setdefault(part, document.id if alone else f"{document.id}#{number}")
+            found.setdefault(part, own if alone else f"{own}#{number}")
     if not found:
         raise DataError(
             f"no text found in {path}. It reads files with content, ending in "
@@ -76,20 +79,35 @@ def read_texts(path: str | os.PathLike[str], *, column: str | None = None) -> Te
     return Texts(list(found.values()), list(found))
 
 
+def _whole(text: str) -> str:
+    return _HALVES.sub("\ufffd", text)
+
+
 def _documents(path: Path, column: str | None) -> Iterator[_Document]:
-    if path.is_file():
-        yield from _file(path, path.name, column)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        yield from _dataset(path, column)
-    else:
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            inside = file.relative_to(path)
-            hidden = any(part.startswith(".") for part in inside.parts)
-            if not hidden and _ending(file) and not (_ending(file) in _PROSE and _binary(file)):
-                yield from _file(file, inside.as_posix(), column)
+    try:
+        if not path.exists():
+            raise StorageError(f"cannot read {path}: there is no such file or folder.")
+        if path.is_file():
+            yield from _file(path, path.name, column)
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            yield from _dataset(path, column)
+        else:
+            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                inside = file.relative_to(path)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                if not hidden and _ending(file):
+                    yield from _file(file, inside.as_posix(), column, skip_binary=True)
+    except StorageError:
+        raise
+    except OSError as error:  # a folder that may be listed but not entered
+        raise StorageError(
+            f"cannot read {error.filename or path}: {error.strerror or error}."
+        ) from error
 
 
-def _file(path: Path, name: str, column: str | None) -> Iterator[_Document]:
+def _file(
+    path: Path, name: str, column: str | None, *, skip_binary: bool = False
+) -> Iterator[_Document]:
     """Yield the documents of one file; a complaint of any reader names it."""
     try:
         if _ending(path) in _TABLES:
@@ -97,6 +115,8 @@ def _file(path: Path, name: str, column: str | None) -> Iterator[_Document]:
                 yield _from_row(row, f"{name}#{number}", column)
             return
         if _binary(path):
+            if skip_binary:
+                return
             raise DataError(f"{path} is a binary file, not text.")
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
         yield _Document(name, _prose(path, text), is_row=False)
@@ -145,7 +165,8 @@ def _from_row(row: Mapping[str, Any], fallback: str, column: str | None) -> _Doc
     if name is None or name not in row:
         wanted = repr(column) if column else f"column of text ({', '.join(_TEXT)})"
         raise FileFormatError(
-            f"there is no {wanted}, only {', '.join(map(repr, row))}; name it with column=."
+            f"there is no {wanted}, only {', '.join(map(repr, row))}; name the column: column= in "
+            f"Python, --column on the command line."
         )
     text = f"{row.get('title') or ''} {row[name] or ''}".strip()
     own = next((row[i] for i in _IDS if row.get(i) not in (None, "")), None)
@@ -158,10 +179,10 @@ def _dataset(folder: Path, column: str | None) -> Iterator[_Document]:
     try:
         splits = [folder]
         if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            names = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
             splits = [folder / name for name in names]
         for split in splits:
-            files = json.loads((split / "state.json").read_text())["_data_files"]
+            files = json.loads((split / "state.json").read_bytes())["_data_files"]
             number = 0
             for file in files:
                 with pa.memory_map(str(split / file["filename"])) as source:
