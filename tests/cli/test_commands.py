@@ -188,6 +188,12 @@ def test_words_follow_the_gallerys_prompts_length_and_cut(model, beir, tmp_path)
     assert len(found["queries"][0]["hits"]) == 10
 
 
+def test_fit_leaves_a_foreign_folder_alone(docs, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert "thesis.txt" in refused("fit", docs, "-o", tmp_path, "--method", "principal")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
 def test_a_plain_file_is_stamped(tmp_path):
     np.savez(tmp_path / "p.npz", vectors=np.eye(3))
     said("transform", tmp_path / "p.npz", "--model-name", "m", "-o", tmp_path / "s.npz")

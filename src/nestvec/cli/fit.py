@@ -62,6 +62,9 @@ def fit(
         fail("supervised fitting needs both --queries and --qrels.")
     if queries is not None and method != "adaptor":
         fail(f"--method {method} takes no queries; leave out --queries and --qrels.")
+    from nestvec.maps.base import check_folder
+
+    check_folder(output)
     docs = Embeddings.load(vectors, space=model_name)
     sizes = parse_dims(dims, full=docs.dim) if dims else None
     fitted = _fit(method, docs, sizes, queries, qrels, seed, model_name)

@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from nestvec import _checks
-from nestvec._atomic import written_beside
+from nestvec._atomic import make_way, written_beside
 from nestvec.errors import FileFormatError, StorageError
 from nestvec.space import Embeddings, Space, halving, parse_dims
 
@@ -31,6 +31,11 @@ _MODULES = {
 
 
 _Map = TypeVar("_Map", bound="FittedMap")
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise `StorageError` unless a map may be saved there; long work asks before it begins."""
+    make_way(Path(folder), (_ABOUT, _ARRAYS))
 
 
 class FittedMap(TransformerMixin, BaseEstimator):
