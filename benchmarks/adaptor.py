@@ -19,6 +19,8 @@ import numpy as np
 
 import nestvec as nv
 from nestvec.measurement import RetrievalTask, STSTask
+from nestvec.measurement.bootstrap import resample
+from nestvec.measurement.metrics import per_query
 
 SEED = 0
 
@@ -42,26 +44,65 @@ def measured(name: str, task, adaptors: dict, texts=None, baselines=True) -> lis
     )
     print(curve.verdict(), flush=True)
     rows = []
-    for row in curve.rows:
-        row = {key: value for key, value in row.items() if key in _frame.KEYS}
+    for full in curve.rows:
+        row = {key: value for key, value in full.items() if key in _frame.KEYS}
+        notes = [full["note"]] if full["note"] else []
+        if full["difference"] is not None:
+            low, high = full["difference_low"], full["difference_high"]
+            notes.insert(
+                0, f"difference to full {full['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            )
         if row["method"] in adaptors:
             adaptor, seconds = adaptors[row["method"]]
             row["build_s"] = round(seconds, 1)
-            row["note"] = adaptor.guard_.sentence()
+            notes.append(adaptor.guard_.sentence())
+        row["note"] = "; ".join(notes)
         rows.append(row)
     return rows
+
+
+def beside_rotation(found: _sets.Retrieval, adaptor: nv.MatryoshkaAdaptor) -> list[dict]:
+    """The adaptor minus the principal rotation at each size, with its paired interval."""
+    rotation = nv.PrincipalRotation().fit(found.docs)
+    ids = found.queries.ids.tolist()
+    values = []
+    for fitted in (rotation, adaptor):
+        docs, queries = fitted.transform(found.docs), fitted.transform(found.queries)
+        for dim in adaptor.dims_:
+            ranked = nv.cascade_search(queries, docs, f"{dim}@10").ids.tolist()
+            values.append(per_query(ranked, ids, found.qrels, ["nDCG@10"])["nDCG@10"])
+    half = len(adaptor.dims_)
+    estimate = resample(np.array(values[half:]) - np.array(values[:half]), seed=SEED)
+    return [
+        {
+            "dataset": found.name,
+            "method": "adaptor_unsupervised",
+            "dim": dim,
+            "precision": "float32",
+            "metric": "nDCG@10 minus principal_rotation",
+            "value": value,
+            "low": low,
+            "high": high,
+            "n": len(ids),
+            "seed": SEED,
+        }
+        for dim, value, low, high in zip(
+            adaptor.dims_, estimate.value, *estimate.interval(), strict=True
+        )
+    ]
 
 
 def retrieval(name: str) -> list[dict]:
     found = _sets.retrieval(name)
     adaptors = {"adaptor_unsupervised": fitted(found.docs)}
     task = RetrievalTask(found.docs, found.queries, found.qrels, dropped=found.dropped)
+    beside = beside_rotation(found, adaptors["adaptor_unsupervised"][0])
     if name != "scifact":
-        return measured(name, task, adaptors, texts=found.texts)
+        return measured(name, task, adaptors, texts=found.texts) + beside
     train = _sets.retrieval(name, "train")
     supervised = fitted(found.docs, queries=train.queries, qrels=train.qrels)
     adaptors["adaptor_supervised"] = supervised
-    rows = measured(name, task, adaptors, texts=found.texts)
+    rows = measured(name, task, adaptors, texts=found.texts) + beside
     unseen = _sets.unseen_evidence(found.queries, found.qrels, train.qrels)
     qrels = {query: found.qrels[query] for query in unseen.ids.tolist()}
     return rows + measured(
