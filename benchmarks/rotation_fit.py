@@ -226,7 +226,8 @@ def rows_of(name: str, runs: dict[str, list[dict[str, float]]], n: int) -> list[
     if name == OURS:
         return [rate, share]
     ratios = [
-        theirs["seconds"] / ours["seconds"] for ours, theirs in zip(runs[OURS], mine, strict=True)
+        ours["rows_per_second"] / theirs["rows_per_second"]  # a peer may fit fewer rows
+        for ours, theirs in zip(runs[OURS], mine, strict=True)
     ]
     beside = row | {
         "method": OURS,
