@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from nestvec.errors import DataError, DimensionError, FileFormatError, StorageError
+from nestvec.errors import (
+    DataError,
+    DimensionError,
+    FileFormatError,
+    SpaceMismatchError,
+    StorageError,
+)
 from nestvec.maps import PrincipalRotation, RandomRotation, load_map
 from nestvec.space import Embeddings, Space
 
@@ -178,3 +184,21 @@ def test_content_hash_is_of_what_the_map_does_not_of_its_settings(rng):
     one = PrincipalRotation(dims=(4, 12)).fit(x)
     assert PrincipalRotation(dims=(2, 12)).fit(x).content_hash == one.content_hash
     assert RandomRotation(random_state=0).fit(x).content_hash != one.content_hash
+
+
+def test_a_map_is_not_applied_to_another_space(rng, tmp_path):
+    """Same dim, other model: without the check the vectors would come out as nonsense."""
+
+    def stamped(name):
+        space = Space.declared(name, dim=8, normalisation="none")
+        return Embeddings(rng.normal(size=(40, 8)), space)
+
+    fitted = PrincipalRotation().fit(stamped("old"))
+    fitted.save(tmp_path / "map")
+    for one in (fitted, load_map(tmp_path / "map")):
+        with pytest.raises(SpaceMismatchError, match="fitted on old .*live in new"):
+            one.transform(stamped("new"))
+        with pytest.raises(SpaceMismatchError):
+            PrincipalRotation().fit(stamped("old")).partial_fit(stamped("new"))
+        one.transform(stamped("old"))
+        one.transform(stamped("new").array)  # an array says nothing; its owner decides

@@ -351,6 +351,7 @@ class MatryoshkaAdaptor(FittedMap):
     def _alone(self, dim: int, candidates: dict[str, dict[str, Matrix]]) -> MatryoshkaAdaptor:
         alone: Any = cast(Any, clone(self)).set_params(dims=(dim,), dim_weights=None, choose="one")
         alone.n_features_in_, alone.dims_ = self.n_features_in_, (dim,)
+        alone.space_ = self.space_
         alone.guard_, alone.n_steps_ = self.guard_.at(dim), self.n_steps_
         alone._arrays_ = candidates[alone.guard_.winner]
         return alone

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from nestvec import _checks
 from nestvec._atomic import make_way, written_beside
-from nestvec.errors import FileFormatError, StorageError
+from nestvec.errors import FileFormatError, SpaceMismatchError, StorageError
 from nestvec.space import Embeddings, Space, halving, parse_dims
 
 _FORMAT_VERSION = 1
@@ -48,6 +48,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
     _kind: ClassVar[str]
     dims_: tuple[int, ...]
     n_features_in_: int
+    space_: Space | None  # where it was fitted; None if on plain arrays, which do not say
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         raise NotImplementedError
@@ -89,11 +90,24 @@ class FittedMap(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = []  # float32 out, whatever came in
         return tags
 
+    def _unstamped(self, X: Any, *, reset: bool) -> Any:
+        """Return the array of Embeddings; remember their Space, or check that it is that one."""
+        array, space = (X.array, X.space) if isinstance(X, Embeddings) else (X, None)
+        if reset:
+            self.space_ = space
+        elif space is not None and self.space_ is not None:
+            _check_fitted_on(self.space_, space)
+        return array
+
     def _take(self, X: Any, *, reset: bool, allow_zero_rows: bool = False) -> NDArray[Any]:
         """Return the matrix of an array or of Embeddings, checked; float32 is not copied."""
-        if isinstance(X, Embeddings):
-            X = X.array
-        X = validate_data(self, X=X, reset=reset, dtype="numeric", ensure_all_finite=False)
+        X = validate_data(
+            self,
+            X=self._unstamped(X, reset=reset),
+            reset=reset,
+            dtype="numeric",
+            ensure_all_finite=False,
+        )
         if np.iscomplexobj(X):
             raise ValueError("Complex data not supported")
         return _checks.as_matrix(X, name="X", allow_zero_rows=allow_zero_rows)
@@ -115,6 +129,11 @@ class FittedMap(TransformerMixin, BaseEstimator):
             What came in comes out. Embeddings are stamped: their Space is the old one plus this
             map's `content_hash`, with ``dims_`` as nesting dims, and their rows have length 1 if
             they had it before.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If the map was fitted on Embeddings of another Space.
         """
         check_is_fitted(self)
         if isinstance(X, Embeddings):
@@ -149,6 +168,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
             "content_hash": self.content_hash,
             "n_features_in": self.n_features_in_,
             "dims": list(self.dims_),
+            "space": self.space_.to_dict() if self.space_ else None,
             "settings": self.get_params(deep=False),
             **self._about(),
         }
@@ -202,6 +222,7 @@ def load_map(folder: str | os.PathLike[str]) -> FittedMap:
         module, name = _MODULES[about["kind"]]
         made = getattr(importlib.import_module(module), name)(**about["settings"])
         made.n_features_in_ = int(about["n_features_in"])
+        made.space_ = Space.from_dict(about["space"]) if about["space"] else None
         made.dims_ = parse_dims(about["dims"], full=made.n_features_in_)
         made._restore(arrays, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -209,6 +230,14 @@ def load_map(folder: str | os.PathLike[str]) -> FittedMap:
     if made.content_hash != about.get("content_hash"):
         raise _damaged(folder, "its arrays do not hash to the content hash it states")
     return cast(FittedMap, made)
+
+
+def _check_fitted_on(fitted: Space, given: Space) -> None:
+    if fitted.space_id != given.space_id:
+        raise SpaceMismatchError(
+            f"this map was fitted on {fitted.label}, and these vectors live in {given.label}. "
+            f"Fit a map on vectors of their space, or encode them with that of the map."
+        )
 
 
 def _damaged(folder: Path, why: str) -> FileFormatError:

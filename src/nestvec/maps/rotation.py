@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from nestvec import _checks
 from nestvec.maps.base import FittedMap
-from nestvec.space import Embeddings
 
 
 class _Rotation(FittedMap):
@@ -87,7 +86,7 @@ class PrincipalRotation(_Rotation):
                 delattr(self, name)
 
     def _add(self, X: Any, *, first: bool) -> None:
-        array = cast(Any, X.array if isinstance(X, Embeddings) else X)
+        array = self._unstamped(X, reset=first)
         # Blocks are converted one at a time below: a float64 memory map must not be copied whole.
         rows: Any = validate_data(
             self,
