@@ -51,9 +51,9 @@ def main() -> None:
                 axes.annotate(
                     "cascade 64@100 > 384@10",
                     (row["macs_per_query"], row["value"]),
-                    (-8, 10),
+                    (9, -15),
                     textcoords="offset points",
-                    ha="right",
+                    ha="left",
                     color="#009e73",
                 )
     axes.set_xscale("log", base=2)
