@@ -98,8 +98,8 @@ def test_same_seed_measures_the_same(found):
 
 
 def test_map_stands_in_the_table_under_its_name(found):
-    docs, queries, qrels = found
-    rotation = PrincipalRotation().fit(docs.normalised())
+    docs, queries, qrels = found[0].normalised(), found[1].normalised(), found[2]
+    rotation = PrincipalRotation().fit(docs)
     with_map = measure(docs, queries, qrels, dims=(8,), maps={"mine": rotation}, baselines=CHEAP)
     baseline = measure(docs, queries, qrels, dims=(8,), baselines=("principal_rotation",))
     np.testing.assert_allclose(
