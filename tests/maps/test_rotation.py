@@ -196,7 +196,7 @@ def test_a_map_is_not_applied_to_another_space(rng, tmp_path):
     fitted = PrincipalRotation().fit(stamped("old"))
     fitted.save(tmp_path / "map")
     for one in (fitted, load_map(tmp_path / "map")):
-        with pytest.raises(SpaceMismatchError, match="fitted on old .*live in new"):
+        with pytest.raises(SpaceMismatchError, match=r"fitted on old .*live in new"):
             one.transform(stamped("new"))
         with pytest.raises(SpaceMismatchError):
             PrincipalRotation().fit(stamped("old")).partial_fit(stamped("new"))
