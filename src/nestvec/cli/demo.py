@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from nestvec.cli._common import Column, Json, command, fail, note, out, print_json, prompted
-from nestvec.cli.embed import embed_to
+from nestvec.cli.embed import embed_set
 from nestvec.search import Cascade, SearchResult, Stage, cascade_search
 from nestvec.space import Embeddings
 
@@ -102,17 +102,7 @@ def demo(
     )
     encoder = encoder_of(model)
     _step("model", encoder.source)
-    docs = embed_to(
-        encoder, texts.doc_texts, texts.doc_ids, "document", output / "docs.safetensors", reuse=True
-    )
-    asks = embed_to(
-        encoder,
-        texts.query_texts,
-        texts.query_ids,
-        "query",
-        output / "queries.safetensors",
-        reuse=True,
-    )
+    docs, asks = embed_set(encoder, texts, output)
     adaptor = MatryoshkaAdaptor(random_state=seed, verbose=True).fit(docs)
     adaptor.save(output / "map")
     guard = adaptor.guard_.sentence()

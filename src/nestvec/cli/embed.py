@@ -12,7 +12,7 @@ from nestvec.cli._common import Column, Json, Role, command, describe, note, out
 from nestvec.space import Embeddings
 
 if TYPE_CHECKING:
-    from nestvec.corpus import Texts
+    from nestvec.corpus import RetrievalSet, Texts
     from nestvec.encoders import Encoder
     from nestvec.maps.base import FittedMap
 
@@ -101,6 +101,29 @@ def embed(
         )
     else:
         out.print(f"{output}: {found!r}", markup=False)
+
+
+def embed_set(
+    encoder: Encoder, found: RetrievalSet, folder: Path, *, queries: str = "queries"
+) -> tuple[Embeddings, Embeddings]:
+    """Embed documents and queries into a folder, or read again what an earlier run put there."""
+    docs = embed_to(
+        encoder,
+        found.doc_texts,
+        found.doc_ids,
+        "document",
+        folder / "docs.safetensors",
+        reuse=True,
+    )
+    asks = embed_to(
+        encoder,
+        found.query_texts,
+        found.query_ids,
+        "query",
+        folder / f"{queries}.safetensors",
+        reuse=True,
+    )
+    return docs, asks
 
 
 def read_source(source: Path, role: Role, column: str | None = None) -> Texts:

@@ -205,25 +205,14 @@ def _task(
 def _beir(
     folder: Path, model: str, split: str, work: Path | None
 ) -> tuple[Any, tuple[list[str], list[str]], str]:
-    from nestvec.cli.embed import embed_to
+    from nestvec.cli.embed import embed_set
     from nestvec.corpus import read_beir
     from nestvec.encoders import encoder_of
     from nestvec.measurement import RetrievalTask
 
     found = read_beir(folder, split=split)
     work = work or Path(f"{folder.resolve().name}.nestvec")
-    encoder = encoder_of(model)
-    docs = embed_to(
-        encoder, found.doc_texts, found.doc_ids, "document", work / "docs.safetensors", reuse=True
-    )
-    asks = embed_to(
-        encoder,
-        found.query_texts,
-        found.query_ids,
-        "query",
-        work / f"queries-{split}.safetensors",
-        reuse=True,
-    )
+    docs, asks = embed_set(encoder_of(model), found, work, queries=f"queries-{split}")
     texts = (list(found.doc_texts), list(found.query_texts))
     task = RetrievalTask(docs, asks, found.qrels, dropped=found.dropped)
     return task, texts, found.name

@@ -90,7 +90,7 @@ class MatryoshkaAdaptor(FittedMap):
     The paper's losses are the top-k, pairwise and reconstruction ones; ours by default is the
     neighbour distribution's cross-entropy with a learned temperature for each size, from the whole
     gallery instead of a small batch. Rows are L2-normalised before and after: direction is all
-    that counts. One map serves queries and documents.
+    that counts (a zero row of an array stays zero). One map serves queries and documents.
 
     References
     ----------
@@ -355,23 +355,6 @@ class MatryoshkaAdaptor(FittedMap):
         alone.guard_, alone.n_steps_ = self.guard_.at(dim), self.n_steps_
         alone._arrays_ = candidates[alone.guard_.winner]
         return alone
-
-    def transform(self, X: Any) -> Any:
-        """Map rows into the nested Space; every row comes out at length 1 (a zero row stays zero).
-
-        Parameters
-        ----------
-        X : (n, dim) array or Embeddings
-            From the space the map was fitted on, at full size.
-
-        Returns
-        -------
-        (n, dim) float32 array, or Embeddings
-            What came in comes out. Embeddings are stamped with the new Space, whose nesting dims
-            are ``dims_``. A prefix of an array must be L2-normalised again after its cut, which
-            `Embeddings.prefix` does.
-        """
-        return super().transform(X)
 
     def _space(self, old: Space) -> Space:
         return old.mapped(self.content_hash, nesting_dims=self.dims_, normalisation="l2")

@@ -10,7 +10,7 @@ from nestvec.train.heads import (  # noqa: E402  # a missing torch is said first
     NestedClassifier,
     NestedCrossEntropy,
 )
-from nestvec.train.objectives import (  # noqa: E402
+from nestvec.train.objectives import (  # noqa: E402  # likewise
     InfoNCE,
     NestedDistillation,
     NestedDropout,

@@ -81,7 +81,7 @@ class NestedCrossEntropy(nn.Module):
 
 
 class BlockTriangularLinear(nn.Linear):
-    """A linear layer whose output prefix needs only the input prefix of the same rank of size.
+    """A linear layer whose output prefix needs only the input prefix it is paired with.
 
     Output block i (between two sizes) sees the inputs of sizes up to i: ``slice(m)`` is then an
     ordinary ``nn.Linear`` that equals this layer on prefixes, exactly.
