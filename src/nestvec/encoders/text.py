@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nestvec._extras import require
 from nestvec.encoders import bundled
+from nestvec.encoders._quiet import quiet
 from nestvec.encoders.base import Encoder, Role
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.errors import ModelError
@@ -197,35 +195,10 @@ def _loader() -> Callable[..., Any]:
     module = require("sentence_transformers", extra="text", why="encoding text")
 
     def load(name: str, **options: Any) -> Any:
-        with _quiet():
+        with quiet():
             return module.SentenceTransformer(name, **options)
 
     return load
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and notes while we show ours."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(n) for n in ("sentence_transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:
