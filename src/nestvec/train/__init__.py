@@ -4,7 +4,9 @@ from nestvec._extras import require
 
 require("torch", extra="fit", why="nestvec.train")
 
-from nestvec.train.heads import (  # noqa: E402  # a missing torch is said first
+from nestvec.train.chunked import encode_in_chunks  # noqa: E402  # a missing torch is said first
+from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # likewise
+from nestvec.train.heads import (  # noqa: E402  # likewise
     BlockLayerNorm,
     BlockTriangularLinear,
     NestedClassifier,
@@ -18,10 +20,12 @@ from nestvec.train.objectives import (  # noqa: E402  # likewise
     SupervisedContrastive,
     cut,
 )
+from nestvec.train.ranking import CoSENT  # noqa: E402  # likewise
 
 __all__ = [
     "BlockLayerNorm",
     "BlockTriangularLinear",
+    "CoSENT",
     "InfoNCE",
     "NestedClassifier",
     "NestedCrossEntropy",
@@ -30,4 +34,7 @@ __all__ = [
     "NestedLoss",
     "SupervisedContrastive",
     "cut",
+    "encode_in_chunks",
+    "gathered",
+    "row_offset",
 ]

@@ -137,26 +137,50 @@ class InfoNCE(nn.Module):
     learned
         Let ``scale`` be trained (as its logarithm, at most 100).
 
-    ``forward(queries, documents, hard=None)``: ``hard`` (n_hard, dim) are further wrong documents.
-    Score is the inner product, so hand in normalised rows for cosine; `NestedLoss` does.
+    ``forward(queries, documents, hard=None, *, offset=0)``: query i belongs to document
+    ``offset + i``; all other documents are wrong for it, and so is ``hard`` (n_hard, dim). There
+    may be more documents than queries, where other processes ask for the rest
+    (`nestvec.train.distributed`). Score is the inner product, so hand in normalised rows for
+    cosine; `NestedLoss` does. One candidate alone is a `DataError`: with nothing to tell it from,
+    the loss is 0 whatever the model does.
     """
 
     def __init__(
-        self, *, scale: float = 20.0, symmetric: bool = False, learned: bool = False
+        self, *, scale: float | int = 20.0, symmetric: bool = False, learned: bool = False
     ) -> None:
         super().__init__()
         log_scale = torch.tensor(float(scale)).log()
         self.log_scale = nn.Parameter(log_scale, requires_grad=learned)
         self.symmetric = symmetric
 
-    def forward(self, queries: Tensor, documents: Tensor, hard: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, documents: Tensor, hard: Tensor | None = None, *, offset: int = 0
+    ) -> Tensor:
+        self._check(len(queries), len(documents), 0 if hard is None else len(hard), offset)
         scale = self.log_scale.exp().clamp(max=100.0)
         candidates = documents if hard is None else torch.cat([documents, hard])
-        right = torch.arange(len(queries), device=queries.device)
+        right = torch.arange(offset, offset + len(queries), device=queries.device)
         loss = F.cross_entropy(scale * queries @ candidates.T, right)
         if not self.symmetric:
             return loss
         return (loss + F.cross_entropy(scale * documents @ queries.T, right)) / 2
+
+    def _check(self, n_queries: int, n_documents: int, n_hard: int, offset: int) -> None:
+        if n_queries == 0 or not 0 <= offset <= n_documents - n_queries:
+            raise DataError(
+                f"{n_queries} queries, the first of document {offset}, do not fit {n_documents} "
+                f"documents: each query needs its own."
+            )
+        if self.symmetric and n_queries != n_documents:
+            raise DataError(
+                f"a symmetric loss needs each of the {n_documents} documents' query, and met "
+                f"{n_queries}: gather the queries too and leave offset out."
+            )
+        if n_documents + n_hard == 1:
+            raise DataError(
+                "the batch is one pair without a negative: its loss is 0 and nothing is learned. "
+                "Use batches of at least 2 (drop_last=True for the last), or hand in `hard`."
+            )
 
 
 class SupervisedContrastive(nn.Module):
