@@ -15,8 +15,8 @@ from nestvec.space.nesting import KNOWN_NESTED
 ROOT = Path(__file__).parents[1]
 
 EXTRAS = (
-    "bm25s faiss ir_measures jinja2 joblib lance matplotlib numba pandas pyarrow "
-    "sentence_transformers sklearn torch transformers"
+    "PIL accelerate bm25s datasets faiss ir_measures jinja2 joblib lance matplotlib numba onnx "
+    "onnxruntime pandas pyarrow sentence_transformers sklearn torch transformers"
 ).split()
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from nestvec.corpus import RetrievalSet, read_beir, read_texts
-    from nestvec.encoders import CallableEncoder, TextEncoder, encode
+    from nestvec.corpus import Images, RetrievalSet, read_beir, read_images, read_texts
+    from nestvec.encoders import CallableEncoder, ImageEncoder, TextEncoder, encode
     from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation, RandomRotation, load_map
     from nestvec.measurement import Curve, measure
     from nestvec.search import (
@@ -30,6 +30,8 @@ _HOME = {
     "Cascade": "nestvec.search",
     "Curve": "nestvec.measurement",
     "Embeddings": "nestvec.space",
+    "ImageEncoder": "nestvec.encoders",
+    "Images": "nestvec.corpus",
     "MatryoshkaAdaptor": "nestvec.maps",
     "Plan": "nestvec.search",
     "PrincipalRotation": "nestvec.maps",
@@ -47,6 +49,7 @@ _HOME = {
     "load_map": "nestvec.maps",
     "measure": "nestvec.measurement",
     "read_beir": "nestvec.corpus",
+    "read_images": "nestvec.corpus",
     "read_texts": "nestvec.corpus",
 }
 
@@ -55,6 +58,8 @@ __all__ = [
     "Cascade",
     "Curve",
     "Embeddings",
+    "ImageEncoder",
+    "Images",
     "MatryoshkaAdaptor",
     "Plan",
     "PrincipalRotation",
@@ -72,6 +77,7 @@ __all__ = [
     "load_map",
     "measure",
     "read_beir",
+    "read_images",
     "read_texts",
 ]
 

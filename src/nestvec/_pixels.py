@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nestvec._extras import require
-from nestvec.errors import DataError, FileFormatError, StorageError
+from nestvec.errors import DataError, FileFormatError, NestvecError, StorageError
 
 _DEEP = ("I", "F")  # PIL's modes of more than 8 bits begin so
 _GREY = ("1", "L", "LA", "La")
+_CONVERTED = {(1, 3), (3, 1), (4, 1), (4, 3)}
 _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601 in 1/65536, as PIL has it
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file that is kept inside another file, and what messages call it."""
+
+    data: bytes
+    name: str
 
 
 def as_pixels(image: Any, *, name: str = "image") -> NDArray[np.uint8]:
@@ -24,11 +35,11 @@ def as_pixels(image: Any, *, name: str = "image") -> NDArray[np.uint8]:
     Parameters
     ----------
     image
-        A path, a PIL image, or an array (h, w) or (h, w, c) of whole numbers in 0..255. Of a file
-        the EXIF orientation is applied. Palettes and CMYK become RGB; the alpha of a PIL image or
-        a file is dropped.
+        A path, an `EncodedImage`, a PIL image, or an array (h, w) or (h, w, c) of whole
+        numbers in 0..255. Of a file the EXIF orientation is applied. Palettes and CMYK become RGB;
+        the alpha of a PIL image or a file is dropped.
     name
-        What messages call it.
+        What messages call it; what has a name of its own is called by that.
 
     Raises
     ------
@@ -39,10 +50,13 @@ def as_pixels(image: Any, *, name: str = "image") -> NDArray[np.uint8]:
     DataError
         If the values are not 8-bit, or the shape is none of an image.
     """
-    if isinstance(image, (str, os.PathLike)):
-        return _decoded(Path(image))
-    if hasattr(image, "getbands"):  # a PIL image
-        return _of_pil(image, name)
+    if isinstance(image, (str, os.PathLike, EncodedImage)):
+        with opened(image, name=name) as found:
+            ops = require("PIL.ImageOps", extra="image", why="reading images")
+            return _of_pil(ops.exif_transpose(found), name_of(image, name))
+    if hasattr(image, "getbands"):  # a PIL image, whose file may not have been decoded yet
+        with _damage_told(name):
+            return _of_pil(image, name)
     array = _eight_bit(image, name)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise DataError(
@@ -60,7 +74,7 @@ def as_pixel_batch(images: NDArray[Any], *, name: str = "images") -> NDArray[np.
             f"{name}: shape {array.shape} does not hold images; (n, height, width) or (n, height, "
             f"width, channels) is expected, none of them 0."
         )
-    if array.ndim == 3 and array.shape[-1] in (3, 4):
+    if array.ndim == 3 and array.shape[2] in (3, 4) and array.shape[1] != array.shape[2]:
         raise DataError(
             f"{name}: shape {array.shape} looks like one image where (n, height, width[, "
             f"channels]) is expected; pass images[None] for a single one."
@@ -77,20 +91,24 @@ def with_channels(
     dropped. Any other change is a `DataError`.
     """
     given = pixels.shape[-1]
+    check_channels(given, n_channels, name=name)
     if given == n_channels:
         return pixels
-    if given == 4 and n_channels in (1, 3):
-        pixels = pixels[..., :3]
-    if pixels.shape[-1] == n_channels:
-        return pixels
-    if given == 1 and n_channels == 3:
+    if given == 1:
         return np.repeat(pixels, 3, axis=-1)
-    if pixels.shape[-1] == 3 and n_channels == 1:
-        return ((pixels @ _LUMA + 0x8000) >> 16).astype(np.uint8)[..., None]
-    raise DataError(
-        f"{name}: {given} channels cannot become the {n_channels} that are expected; only grey, "
-        f"RGB and RGBA are converted. Channels come last: (height, width, channels)."
-    )
+    rgb = pixels[..., :3]
+    if n_channels == 3:
+        return rgb
+    return ((rgb @ _LUMA + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
+def check_channels(given: int, n_channels: int, *, name: str = "image") -> None:
+    """Raise `DataError` unless `with_channels` can make one number of channels of the other."""
+    if given != n_channels and (given, n_channels) not in _CONVERTED:
+        raise DataError(
+            f"{name}: {given} channels cannot become the {n_channels} that are expected; only "
+            f"grey, RGB and RGBA are converted. Channels come last: (height, width, channels)."
+        )
 
 
 def resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: str) -> NDArray[np.uint8]:
@@ -111,6 +129,43 @@ def all_pixels(images: Any, *, name: str = "images") -> Sequence[NDArray[np.uint
     return [as_pixels(image, name=f"{name}: row {row}") for row, image in enumerate(images)]
 
 
+def name_of(image: Any, name: str) -> str:
+    """Return what messages call an image: its own name or path, else ``name``."""
+    if isinstance(image, EncodedImage):
+        return image.name
+    return str(image) if isinstance(image, (str, os.PathLike)) else name
+
+
+@contextlib.contextmanager
+def opened(image: Any, *, name: str = "image") -> Iterator[Any]:
+    """Open a path or an `EncodedImage` with PIL; only its header is read so far.
+
+    Raises the errors of `as_pixels`, for what happens inside the ``with``, too.
+    """
+    pil = _pil("reading images")
+    file = io.BytesIO(image.data) if isinstance(image, EncodedImage) else image
+    with _damage_told(name_of(image, name)), pil.open(file) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _damage_told(name: str) -> Iterator[None]:
+    pil = _pil("reading images")
+    try:
+        yield
+    except NestvecError:
+        raise
+    except pil.UnidentifiedImageError as error:
+        raise FileFormatError(f"{name} is not an image that Pillow reads.") from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise StorageError(f"cannot read {name}: {error.strerror}.") from error
+    except Exception as error:  # of a damaged file each decoder raises what it likes
+        reason = (str(error).split("\n")[0] or type(error).__name__).rstrip(".")
+        raise FileFormatError(
+            f"cannot read the image {name}: {reason}; it is truncated or damaged."
+        ) from error
+
+
 def _eight_bit(values: Any, name: str) -> NDArray[np.uint8]:
     try:
         array = np.asarray(values)
@@ -127,25 +182,6 @@ def _eight_bit(values: Any, name: str) -> NDArray[np.uint8]:
             f"Of floats in 0..1 make them with (255 * x).round().astype(np.uint8)."
         )
     return array.astype(np.uint8)
-
-
-def _decoded(path: Path) -> NDArray[np.uint8]:
-    pil = _pil("reading image files")
-    ops = require("PIL.ImageOps", extra="image", why="reading image files")
-    try:
-        with pil.open(path) as image:
-            return _of_pil(ops.exif_transpose(image), str(path))
-    except DataError:
-        raise
-    except pil.UnidentifiedImageError as error:
-        raise FileFormatError(f"{path} is not an image that Pillow reads.") from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-    except Exception as error:  # of a damaged file each decoder raises what it likes
-        reason = (str(error).split("\n")[0] or type(error).__name__).rstrip(".")
-        raise FileFormatError(
-            f"cannot read the image {path}: {reason}; it is truncated or damaged."
-        ) from error
 
 
 def _of_pil(image: Any, name: str) -> NDArray[np.uint8]:

@@ -1,12 +1,14 @@
-"""Text and judgements to measure on: BEIR folders, the user's own files, docstrings."""
+"""What to embed and measure on: BEIR folders, the user's own files, images, docstrings."""
 
 from nestvec.corpus.beir import read_beir, read_beir_texts, read_qrels
 from nestvec.corpus.docstrings import docstrings
+from nestvec.corpus.images import Images, read_images
 from nestvec.corpus.own_text import read_texts
 from nestvec.corpus.passages import passages, summary_queries
 from nestvec.corpus.retrieval_set import Qrels, RetrievalSet, Texts, check_qrels
 
 __all__ = [
+    "Images",
     "Qrels",
     "RetrievalSet",
     "Texts",
@@ -15,6 +17,7 @@ __all__ = [
     "passages",
     "read_beir",
     "read_beir_texts",
+    "read_images",
     "read_qrels",
     "read_texts",
     "summary_queries",

@@ -1,4 +1,4 @@
-"""Raw input to a Space: text through sentence-transformers, or any function of yours."""
+"""Raw input to a Space: text, images, or whatever a function of yours takes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from typing import Any, cast
 
 from nestvec.encoders.base import Encoder, EncodeReport, Role
 from nestvec.encoders.function import CallableEncoder
+from nestvec.encoders.image import ImageEncoder, is_image_model
 from nestvec.encoders.text import TextEncoder
 from nestvec.errors import ModelError
 from nestvec.space import Embeddings
 
-__all__ = ["CallableEncoder", "EncodeReport", "Encoder", "TextEncoder", "encode", "encoder_of"]
+__all__ = [
+    "CallableEncoder",
+    "EncodeReport",
+    "Encoder",
+    "ImageEncoder",
+    "TextEncoder",
+    "encode",
+    "encoder_of",
+]
 
 
 def encode(
-    texts: Sequence[str],
+    items: Sequence[Any],
     *,
     model: Any = "all-MiniLM-L6-v2",
     role: Role = "document",
@@ -27,34 +36,34 @@ def encode(
     show_progress: bool | None = None,
     **settings: Any,
 ) -> Embeddings:
-    """Encode texts with a model.
+    """Encode texts, or images, with a model.
 
     Parameters
     ----------
-    texts
-        Each with something in it.
+    items
+        Texts, each with something in it; for an image model what `ImageEncoder` takes.
     model
-        A hub id, a local folder, a ``SentenceTransformer``, an `Encoder`, or any callable from a
-        list of texts to an array (say ``name=`` then). A model loaded by name stays loaded for the
-        next call.
+        A hub id, a local folder (of a text or an image model), a ``SentenceTransformer``, an
+        ``ImageNetwork``, an `Encoder`, or any callable from a list of texts to an array (say
+        ``name=`` then). A model loaded by name stays loaded for the next call.
     role, ids, resume, show_progress
         See `Encoder.encode`.
     **settings
-        Of `TextEncoder` (``revision``, ``document_prompt``, ``batch_size``, ...), or of
-        `CallableEncoder` for a callable.
+        Of `TextEncoder` (``revision``, ``document_prompt``, ``batch_size``, ...), of
+        `ImageEncoder` for an image model, or of `CallableEncoder` for a callable.
 
     Returns
     -------
     Embeddings
-        ``array`` (n, dim) float32, in the order of ``texts``.
+        ``array`` (n, dim) float32, in the order of ``items``.
 
     Raises
     ------
     DataError, ModelError, MissingExtraError
-        See `Encoder.encode` and `TextEncoder`.
+        See `Encoder.encode`, `TextEncoder` and `ImageEncoder`.
     """
     encoder = encoder_of(model, **settings)
-    return encoder.encode(texts, role=role, ids=ids, resume=resume, show_progress=show_progress)
+    return encoder.encode(items, role=role, ids=ids, resume=resume, show_progress=show_progress)
 
 
 def encoder_of(model: Any, **settings: Any) -> Encoder:
@@ -70,6 +79,8 @@ def encoder_of(model: Any, **settings: Any) -> Encoder:
         return _loaded(given, _changed(Path(given)), **settings)
     if hasattr(model, "encode_document"):  # a SentenceTransformer, which is callable too
         return TextEncoder(model, **settings)
+    if hasattr(model, "backbone"):  # an ImageNetwork, likewise
+        return ImageEncoder(model, **settings)
     if not callable(model):
         raise ModelError(f"a {type(model).__name__} is no model: give a name, folder or function.")
     if "name" not in settings:
@@ -78,8 +89,10 @@ def encoder_of(model: Any, **settings: Any) -> Encoder:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(model: str, changed: int, **settings: Any) -> TextEncoder:
-    return TextEncoder(model, **settings)
+def _loaded(model: str, changed: int, **settings: Any) -> Encoder:
+    return (
+        ImageEncoder(model, **settings) if is_image_model(model) else TextEncoder(model, **settings)
+    )
 
 
 def _changed(folder: Path) -> int:

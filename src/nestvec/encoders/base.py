@@ -27,26 +27,27 @@ Role = Literal["document", "query"]
 PLURAL = {"document": "documents", "query": "queries"}
 
 _CHUNK_BATCHES = 16  # batches kept together on disk; what an interruption can cost
-_SHOW_FROM = 512  # texts from which progress is shown if nobody said
+_SHOW_FROM = 512  # items from which progress is shown if nobody said
 
 
 @dataclass(frozen=True)
 class EncodeReport:
     """What the last `Encoder.encode` did.
 
-    ``n_texts`` texts, of which ``n_cut`` were longer than ``max_length`` tokens (prompt and special
-    tokens included) and lost their end, ``n_resumed`` were read from an earlier run, in
-    ``seconds``. ``n_cut`` is None where nothing was encoded.
+    ``n`` items (``unit`` says what: texts, images), of which ``n_cut`` were longer than
+    ``max_length`` tokens (prompt and special tokens included) and lost their end, ``n_resumed``
+    were read from an earlier run, in ``seconds``. ``n_cut`` is None where nothing was encoded.
     """
 
-    n_texts: int
+    n: int
     n_cut: int | None
     max_length: int | None
     n_resumed: int
     seconds: float
+    unit: str = "texts"
 
     def __str__(self) -> str:
-        text = f"{self.n_texts:,} texts in {self.seconds:.1f} s"
+        text = f"{self.n:,} {self.unit} in {self.seconds:.1f} s"
         if self.n_resumed:
             text += f", {self.n_resumed:,} of them from an earlier run"
         if self.max_length and self.n_cut is not None:
@@ -55,7 +56,10 @@ class EncodeReport:
 
 
 class Encoder(ABC):
-    """Texts in, Embeddings out. Subclasses say how a batch becomes vectors.
+    """Raw items in, Embeddings out. Subclasses say how a batch becomes vectors.
+
+    Items are texts, unless the subclass says what else (``_unit``), what is wrong with them
+    (``_checked``) and what is in them (``_content``).
 
     Attributes
     ----------
@@ -70,6 +74,7 @@ class Encoder(ABC):
     source: str
     batch_size: int
     report = EncodeReport(0, 0, None, 0, 0.0)
+    _unit = "texts"
 
     @property
     @abstractmethod
@@ -80,28 +85,36 @@ class Encoder(ABC):
         return
 
     @abstractmethod
-    def _vectors(self, texts: list[str], role: Role) -> ArrayLike:
-        """Return one row a text, before normalisation."""
+    def _vectors(self, items: list[Any], role: Role, /) -> ArrayLike:
+        """Return one row an item, before normalisation."""
 
     @abstractmethod
-    def _lengths(self, texts: list[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
-        """Return the length of each text and the length at which it is cut (None: nowhere)."""
+    def _lengths(self, items: Sequence[Any], role: Role, /) -> tuple[NDArray[np.int64], int | None]:
+        """Return the length of each item and the length at which it is cut (None: nowhere)."""
+
+    def _checked(self, items: Sequence[Any], ids: Any, /) -> Sequence[Any]:
+        """Return the items to be read one by one, or raise `DataError` for one that will not do."""
+        return _checked_texts(items, ids)
+
+    def _content(self, item: Any, /) -> bytes:
+        """Return what decides an item's vector."""
+        return item.encode()
 
     def encode(
         self,
-        texts: Sequence[str],
+        items: Sequence[Any],
         *,
         role: Role = "document",
         ids: Any = None,
         resume: str | os.PathLike[str] | None = None,
         show_progress: bool | None = None,
     ) -> Embeddings:
-        """Encode texts, longest first.
+        """Encode texts, longest first, or whatever else this encoder takes.
 
         Parameters
         ----------
-        texts
-            Each with something in it; the model's prompt for ``role`` is put before each.
+        items
+            Of texts, each with something in it; the model's prompt for ``role`` is put before each.
         role
             ``"document"`` for what is stored, ``"query"`` for what is asked. Both live in one
             Space.
@@ -111,41 +124,44 @@ class Encoder(ABC):
             A folder where finished chunks (16 batches each) are kept, so that the same call after
             an interruption goes on where it stopped. It is yours to remove; `encode_to` does.
         show_progress
-            A bar on a terminal and plain lines elsewhere, on stderr. None shows it from 512 texts.
+            A bar on a terminal and plain lines elsewhere, on stderr. None shows it from 512 items.
 
         Returns
         -------
         Embeddings
-            ``array`` (n, dim) float32, in the order of ``texts``. `report` then tells how many
+            ``array`` (n, dim) float32, in the order of ``items``. `report` then tells how many
             texts were cut.
 
         Raises
         ------
         DataError
-            If there is no text, a text has no content or holds a lone surrogate, ids do not fit,
+            If there is no item, a text has no content or holds a lone surrogate, ids do not fit,
             or ``resume`` holds the chunks of something else.
         """
         if role not in ("document", "query"):
             raise DataError(f"role {role!r} is neither 'document' nor 'query'.")
-        texts = _checked(texts, ids)
+        items = self._checked(items, ids)
         if ids is not None:
-            ids = _checks.as_ids(ids, len(texts))
+            ids = _checks.as_ids(ids, len(items))
         start = time.monotonic()
         self._look_again()
         space = self.space
-        show = len(texts) >= _SHOW_FROM if show_progress is None else show_progress
-        lengths, limit = self._lengths(texts, role)
+        show = len(items) >= _SHOW_FROM if show_progress is None else show_progress
+        lengths, limit = self._lengths(items, role)
         order = np.argsort(-lengths, kind="stable")
-        store = None if resume is None else _Chunks(Path(resume), self._key(texts, role))
-        vectors = np.empty((len(texts), space.dim), dtype=np.float32)
+        store = None
+        if resume is not None:
+            store = _Chunks(Path(resume), self._key(items, role), self._unit)
+        vectors = np.empty((len(items), space.dim), dtype=np.float32)
         n_resumed = 0
-        with progress(f"encoding {PLURAL[role]}", len(texts), show=show, unit="texts") as advance:
+        label = f"encoding {PLURAL[role]}"
+        with progress(label, len(items), show=show, unit=self._unit) as advance:
             for number, rows in enumerate(_split(order, self.batch_size * _CHUNK_BATCHES)):
                 found = store.read(number, (len(rows), space.dim)) if store else None
                 if found is None:
                     done = []
                     for batch in _split(rows, self.batch_size):
-                        done.append(self._checked_vectors([texts[i] for i in batch], role, batch))
+                        done.append(self._checked_vectors([items[i] for i in batch], role, batch))
                         advance(len(batch))
                     found = np.concatenate(done)
                     if store:
@@ -155,7 +171,8 @@ class Encoder(ABC):
                     advance(len(rows))
                 vectors[rows] = found
         n_cut = 0 if limit is None else int((lengths > limit).sum())
-        self.report = EncodeReport(len(texts), n_cut, limit, n_resumed, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self.report = EncodeReport(len(items), n_cut, limit, n_resumed, seconds, self._unit)
         if show:
             sys.stderr.write(f"{PLURAL[role]}: {self.report}\n")
         return Embeddings(vectors, space, ids)
@@ -163,7 +180,7 @@ class Encoder(ABC):
     def encode_to(
         self,
         path: str | os.PathLike[str],
-        texts: Sequence[str],
+        items: Sequence[Any],
         *,
         reuse: bool = False,
         **options: Any,
@@ -172,7 +189,7 @@ class Encoder(ABC):
 
         Finished chunks wait in ``<path>.partial/``, which is removed once the file stands. The
         options are those of `encode`, without ``resume``. With ``reuse``, a file that this made
-        before of the same texts, ids, model and role is read instead; ``<path>.key`` remembers.
+        before of the same items, ids, model and role is read instead; ``<path>.key`` remembers.
         Raises what `encode` and `Embeddings.save` raise, before the work where it can be known.
         """
         path = Path(path)
@@ -181,23 +198,24 @@ class Encoder(ABC):
                 f"cannot save to {path}: choose one of {', '.join(files.STAMPED)}."
             )
         make_way(path, files.parts_of(path))
-        texts = _checked(texts, options.get("ids"))
+        items = self._checked(items, options.get("ids"))
         partial, known = (path.with_name(f"{path.name}.{end}") for end in ("partial", "key"))
         self._look_again()
-        key = self._key(texts, options.get("role", "document"))
+        key = self._key(items, options.get("role", "document"))
         if reuse and path.exists() and known.is_file() and known.read_text() == key:
             found = Embeddings.load(path, space=self.space)
-            ids = np.arange(len(texts)) if options.get("ids") is None else options["ids"]
-            if np.array_equal(found.ids, _checks.as_ids(ids, len(texts))):
-                self.report = EncodeReport(len(texts), None, None, len(texts), 0.0)
+            ids = np.arange(len(items)) if options.get("ids") is None else options["ids"]
+            if np.array_equal(found.ids, _checks.as_ids(ids, len(items))):
+                n = len(items)
+                self.report = EncodeReport(n, None, None, n, 0.0, self._unit)
                 if options.get("show_progress"):
-                    sys.stderr.write(f"{path}: the same {len(texts):,} texts, read again\n")
+                    sys.stderr.write(f"{path}: the same {n:,} {self._unit}, read again\n")
                 return found
         try:
             known.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot remove {known}: {error.strerror or error}.") from error
-        embeddings = self.encode(texts, resume=partial, **options)
+        embeddings = self.encode(items, resume=partial, **options)
         embeddings.save(path)
         if reuse:
             with written_beside(known) as scratch:
@@ -206,29 +224,29 @@ class Encoder(ABC):
         return embeddings
 
     def _checked_vectors(
-        self, texts: list[str], role: Role, rows: NDArray[np.int64]
+        self, items: list[Any], role: Role, rows: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         space = self.space
         name = f"what the model returned for the batch of row {rows[0]}"
-        matrix = _checks.as_matrix(self._vectors(texts, role), name=name, dim=space.dim)
-        if len(matrix) != len(texts):
-            raise DataError(f"{name}: {len(matrix)} vectors for {len(texts)} texts.")
+        matrix = _checks.as_matrix(self._vectors(items, role), name=name, dim=space.dim)
+        if len(matrix) != len(items):
+            raise DataError(f"{name}: {len(matrix)} vectors for {len(items)} {self._unit}.")
         return _checks.normalise(matrix, name=name) if space.normalisation == "l2" else matrix
 
-    def _key(self, texts: list[str], role: Role) -> str:
+    def _key(self, items: Sequence[Any], role: Role) -> str:
         """Hash everything that decides what a chunk holds."""
         digest = hashlib.sha256(f"{self.space.space_id} {role} {self.batch_size}".encode())
-        for text in texts:
-            encoded = text.encode()
-            digest.update(b"%d:" % len(encoded))
-            digest.update(encoded)
+        for item in items:
+            content = self._content(item)
+            digest.update(b"%d:" % len(content))
+            digest.update(content)
         return digest.hexdigest()
 
 
 class _Chunks:
     """Finished chunks in a folder that belongs to one encoding."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, unit: str) -> None:
         self.folder = folder
         about = folder / "about.json"
         if about.is_file():
@@ -238,7 +256,7 @@ class _Chunks:
                 same = False
             if not same:
                 raise DataError(
-                    f"{folder} holds the chunks of another encoding (other texts, model, role or "
+                    f"{folder} holds the chunks of another encoding (other {unit}, model, role or "
                     f"batch size). Remove that folder to start anew, or name another one."
                 )
         elif folder.exists() and (
@@ -269,7 +287,7 @@ def _split(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _checked(texts: Sequence[str], ids: Any) -> list[str]:
+def _checked_texts(texts: Sequence[str], ids: Any) -> list[str]:
     if isinstance(texts, (str, bytes)):
         raise DataError("texts: one string given where a list of texts is expected; pass [text].")
     found = list(texts)
@@ -287,6 +305,10 @@ def _checked(texts: Sequence[str], ids: Any) -> list[str]:
             )
         else:
             continue
-        named = "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"
-        raise DataError(f"texts: row {row}{named} {wrong}")
+        raise DataError(f"texts: row {row}{id_of(ids, row)} {wrong}")
     return found
+
+
+def id_of(ids: Any, row: int) -> str:
+    """Return " (id 'x')" for messages, or nothing where no ids were given."""
+    return "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"

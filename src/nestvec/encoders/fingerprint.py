@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
 # Keys of a model's config that do not change its vectors: where it came from, how it is run. The
@@ -36,6 +37,21 @@ def fingerprint(model: Any) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def image_fingerprint(network: Any, preprocessing: Any) -> str:
+    """Return ``sha256:<64 hex digits>`` of an image network and its preprocessing.
+
+    Hashed are the weights, the backbone's config (of a module that has none, its class and how
+    torch prints it) and every setting of the preprocessing. Not hashed: names, paths, the device.
+    """
+    backbone = network.backbone
+    config = getattr(backbone, "config", None)
+    built = repr(backbone) if config is None else _architecture(config)
+    digest = hashlib.sha256()
+    digest.update(_canonical([type(backbone).__name__, built, asdict(preprocessing)]))
+    _add_weights(digest, backbone.state_dict())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def _add_weights(digest: Any, state: dict[str, Any]) -> None:
     import torch
 
@@ -50,13 +66,15 @@ def _modules(model: Any) -> list[Any]:
     for module in model:
         settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
         config = getattr(getattr(module, "auto_model", None), "config", None)
-        architecture = config.to_diff_dict() if config is not None else {}
-        architecture = {
-            k: v for k, v in architecture.items() if k not in _BESIDE and not k.startswith("_")
-        }
+        architecture = _architecture(config) if config is not None else {}
         lower = getattr(module, "do_lower_case", None)
         chain.append([type(module).__name__, settings, architecture, lower])
     return chain
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    settings = config.to_diff_dict()
+    return {k: v for k, v in settings.items() if k not in _BESIDE and not k.startswith("_")}
 
 
 def _tokenizer(tokenizer: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nestvec._atomic import written_beside
 from nestvec._extras import require
-from nestvec._pixels import all_pixels, resized, with_channels
+from nestvec._pixels import all_pixels, name_of, resized, with_channels
 from nestvec.encoders._quiet import quiet
 from nestvec.errors import DataError, DimensionError, ModelError, StorageError
 from nestvec.space import parse_dims
@@ -97,7 +97,9 @@ class Preprocessing:
             batch = np.stack(
                 [
                     resized(
-                        with_channels(one, self.n_channels, name=f"images: row {row}"),
+                        with_channels(
+                            one, self.n_channels, name=name_of(images[row], f"row {row}")
+                        ),
                         square,
                         self.resample,
                     )
@@ -181,7 +183,8 @@ class ImageNetwork(nn.Module):
     dim
         Size of a row. Of a model of transformers it is found out; of your own module say it.
 
-    ``forward(pixel_values)`` returns (n, dim).
+    ``forward(pixel_values)`` returns (n, dim). ``nesting_dims`` are the sizes it was trained at, ()
+    if that is not known; `load_image_model` sets them.
     """
 
     def __init__(self, backbone: nn.Module, *, dim: int | None = None) -> None:
@@ -192,6 +195,7 @@ class ImageNetwork(nn.Module):
                 f"a {type(backbone).__name__} does not say how long its rows are: pass dim=."
             )
         self.dim = dim if dim is not None else self._found_dim()
+        self.nesting_dims: tuple[int, ...] = ()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         rows = _rows(self.backbone(pixel_values))
@@ -366,7 +370,8 @@ def load_image_model(
     else:
         network = ImageNetwork(_pretrained(folder))
     preprocessing = Preprocessing.load(folder)
-    return network.eval(), preprocessing, dims_from_config(folder, full=network.dim) or ()
+    network.nesting_dims = dims_from_config(folder, full=network.dim) or ()
+    return network.eval(), preprocessing, network.nesting_dims
 
 
 def _pretrained(folder: Path) -> nn.Module:

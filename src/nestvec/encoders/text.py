@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class TextEncoder(Encoder):
         finally:
             self.model.truncate_dim = truncate_dim
 
-    def _lengths(self, texts: list[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
+    def _lengths(self, texts: Sequence[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
         """Count tokens; where the model has no ordinary tokenizer, characters."""
         limit = getattr(self.model, "max_seq_length", None)
         tokenizer: Any = getattr(self.model, "tokenizer", None)
