@@ -12,6 +12,7 @@ from nestvec.errors import DataError, DimensionError  # noqa: E402
 from nestvec.train import (  # noqa: E402
     BlockLayerNorm,
     BlockTriangularLinear,
+    CoSENT,
     InfoNCE,
     NestedClassifier,
     NestedCrossEntropy,
@@ -19,6 +20,8 @@ from nestvec.train import (  # noqa: E402
     NestedDropout,
     NestedLoss,
     SupervisedContrastive,
+    best_size,
+    check_labels,
     cut,
 )
 
@@ -163,6 +166,8 @@ def test_a_tied_head_takes_sizes_that_were_never_trained_and_separate_heads_refu
     assert NestedClassifier(DIMS, 3, tied=True).logits(batch, 5).shape == (6, 3)
     with pytest.raises(DimensionError, match="no head of size 5"):
         NestedClassifier(DIMS, 3).logits(batch, 5)
+    with pytest.raises(DimensionError, match="size 9 is beyond"):
+        NestedClassifier(DIMS, 3, tied=True).logits(rows(draw, dim=10), 9)
 
 
 def test_a_slice_of_a_nested_network_is_a_smaller_network(draw):
@@ -193,6 +198,47 @@ def test_nested_dropout_keeps_a_geometric_prefix(draw):
     torch.testing.assert_close(layer(kept), kept)
 
 
+def test_nested_dropout_draws_anew_for_every_vector(draw):
+    layer = NestedDropout(rate=0.25, generator=draw)
+    kept = layer(torch.ones(12, 12, 12)).sum(dim=-1)
+    assert (kept.std(dim=0) > 0).all()
+    assert (kept.std(dim=1) > 0).all()
+
+
+def test_best_size_is_the_smallest_within_tolerance_of_the_best():
+    scores = {32: 0.80, 8: 0.70, 64: 0.81, 16: 0.80}
+    assert best_size(scores) == 64
+    assert best_size(scores, tolerance=0.015) == 16
+    assert best_size({8: 0.5, 16: 0.5}) == 8
+
+
+def test_queries_of_a_share_are_asked_against_every_document(draw):
+    queries, documents = rows(draw), rows(draw)
+    loss = InfoNCE(scale=2.0)
+    shares = [loss(queries[a : a + 3], documents, offset=a) for a in (0, 3)]
+    torch.testing.assert_close(sum(shares) / 2, loss(queries, documents))
+
+
+NUMBERS = torch.tensor([0, 0, 1, 1, 2, 2])
+OBJECTIVES = {
+    "info_nce": lambda a, b: InfoNCE()(a, b),
+    "symmetric": lambda a, b: InfoNCE(symmetric=True)(b, a),
+    "supervised": lambda a, b: SupervisedContrastive()(a, NUMBERS),
+    "distillation": lambda a, b: NestedDistillation(DIMS)(a, b),
+    "cosent": lambda a, b: CoSENT()(a, b, NUMBERS),
+    "nested": lambda a, b: NestedLoss(InfoNCE(), DIMS)(a, b),
+    "classes": lambda a, b: NestedCrossEntropy()(NestedClassifier(DIMS, 3)(a), NUMBERS),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_embedding_that_is_no_number_shows_in_the_loss(draw, name, value):
+    first, second = rows(draw), rows(draw)
+    first[4, 1] = value
+    assert not torch.isfinite(OBJECTIVES[name](first, second))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
@@ -204,6 +250,41 @@ def test_nested_dropout_keeps_a_geometric_prefix(draw):
         (lambda: BlockTriangularLinear((1, 2), (1, 2, 3)), DimensionError, "do not pair"),
         (lambda: BlockLayerNorm(DIMS)(torch.ones(2, 5)), DimensionError, "5 dims do not end"),
         (lambda: NestedDropout(rate=1.0), DataError, "between 0 and 1"),
+        (lambda: NestedLoss(InfoNCE(), (8, 4), weights=(1, 2)), DimensionError, r"as \(4, 8\)"),
+        (lambda: NestedLoss(InfoNCE(), "4,4,8", weights=(1, 2, 3)), DimensionError, "each once"),
+        (lambda: BlockTriangularLinear((2, 1), (1, 2)), DimensionError, r"as \(1, 2\)"),
+        (lambda: InfoNCE()(torch.ones(1, 8), torch.ones(1, 8)), DataError, "without a negative"),
+        (lambda: InfoNCE()(torch.ones(3, 8), torch.ones(2, 8)), DataError, "3 queries"),
+        (lambda: InfoNCE()(torch.ones(2, 8), torch.ones(4, 8), offset=3), DataError, "document 3"),
+        (
+            lambda: InfoNCE(symmetric=True)(torch.ones(2, 8), torch.ones(4, 8)),
+            DataError,
+            "gather the queries too",
+        ),
+        (
+            lambda: SupervisedContrastive()(torch.ones(1, 8), torch.tensor([0])),
+            DataError,
+            "at least two rows",
+        ),
+        (
+            lambda: SupervisedContrastive()(torch.ones(2, 8), torch.ones(2)),
+            DataError,
+            "whole number",
+        ),
+        (lambda: NestedClassifier(DIMS, 1), DataError, "at least 2 are needed"),
+        (lambda: best_size({}), DataError, "at least one score"),
+        (lambda: best_size({8: math.nan, 16: 0.5}), DataError, "finite"),
+        (lambda: check_labels(torch.tensor([0, 1, -1]), 2), DataError, "label -1 of row 2"),
+        (
+            lambda: NestedCrossEntropy()({8: torch.ones(2, 3)}, torch.tensor([0, 3])),
+            DataError,
+            "label 3 of row 1 does not fit 3 classes: 0 to 2",
+        ),
+        (
+            lambda: NestedCrossEntropy()({8: torch.ones(2, 3)}, torch.ones(2)),
+            DataError,
+            r"whole numbers \(n,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_saying_what_would(make, error, says):

@@ -12,12 +12,15 @@ from nestvec.train.heads import (  # noqa: E402  # likewise
     NestedClassifier,
     NestedCrossEntropy,
 )
+from nestvec.train.masked_lm import NestedMaskedLM  # noqa: E402  # likewise
 from nestvec.train.objectives import (  # noqa: E402  # likewise
     InfoNCE,
     NestedDistillation,
     NestedDropout,
     NestedLoss,
     SupervisedContrastive,
+    best_size,
+    check_labels,
     cut,
 )
 from nestvec.train.ranking import CoSENT  # noqa: E402  # likewise
@@ -32,7 +35,10 @@ __all__ = [
     "NestedDistillation",
     "NestedDropout",
     "NestedLoss",
+    "NestedMaskedLM",
     "SupervisedContrastive",
+    "best_size",
+    "check_labels",
     "cut",
     "encode_in_chunks",
     "gathered",

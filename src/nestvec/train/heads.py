@@ -5,15 +5,16 @@ Kusupati et al., arXiv:2205.13147 (MRL, MRL-E); Wang et al., fMRLRec, arXiv:2409
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestvec.errors import DimensionError
+from nestvec.errors import DataError, DimensionError
 from nestvec.space import parse_dims
-from nestvec.train.objectives import cut, dim_weights
+from nestvec.train.objectives import Weights, check_labels, cut, dim_weights, rising_dims
 
 
 class NestedClassifier(nn.Module):
@@ -24,7 +25,7 @@ class NestedClassifier(nn.Module):
     dims
         Sizes; the largest is the embedding's full size.
     n_classes
-        Number of classes.
+        Number of classes, at least 2.
     tied
         MRL-E: one weight matrix, of which size m uses the first m columns; one bias for all.
     normalise
@@ -42,6 +43,11 @@ class NestedClassifier(nn.Module):
         normalise: bool = False,
     ) -> None:
         super().__init__()
+        if n_classes < 2:
+            raise DataError(
+                f"{n_classes} classes leave nothing to classify: at least 2 are needed. Look at "
+                f"which labels the training data holds."
+            )
         self.dims = parse_dims(dims)
         self.normalise = normalise
         self.tied = tied
@@ -56,28 +62,55 @@ class NestedClassifier(nn.Module):
         prefix = cut(rows, dim, normalise=self.normalise)
         if not self.tied and dim not in self.dims:
             raise DimensionError(f"there is no head of size {dim}; the sizes are {self.dims}.")
+        if dim > self.dims[-1]:
+            raise DimensionError(f"size {dim} is beyond the head's sizes {self.dims}.")
         head = self.heads[0 if self.tied else self.dims.index(dim)]
         assert isinstance(head, nn.Linear)
         return F.linear(prefix, head.weight[:, :dim], head.bias)
 
 
 class NestedCrossEntropy(nn.Module):
-    """Sum over sizes of the cross-entropy of `NestedClassifier`'s logits: the MRL loss."""
+    """Sum over sizes of the cross-entropy of `NestedClassifier`'s logits: the MRL loss.
 
-    def __init__(
-        self, *, weights: str | Sequence[float] = "uniform", label_smoothing: float = 0.0
-    ) -> None:
+    ``forward(logits, labels)``: class numbers (n,), or floating-point shares of each class
+    (n, n_classes). A label out of range is a `DataError` that names it where labels are on the
+    CPU; `check_labels` looks at a whole data set's before training.
+    """
+
+    def __init__(self, *, weights: Weights = "uniform", label_smoothing: float | int = 0.0) -> None:
         super().__init__()
         self.weights = weights
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: dict[int, Tensor], labels: Tensor) -> Tensor:
         weights = dim_weights(self.weights, len(logits))
+        one = logits[min(logits)]
+        if labels.shape != (one.shape if labels.is_floating_point() else one.shape[:1]):
+            raise DataError(
+                f"labels {tuple(labels.shape)} of {labels.dtype} do not fit logits "
+                f"{tuple(one.shape)}: whole numbers (n,) or shares {tuple(one.shape)} do."
+            )
+        if not labels.is_floating_point():
+            check_labels(labels, one.shape[-1])
         terms = [
             weight * F.cross_entropy(logits[dim], labels, label_smoothing=self.label_smoothing)
             for dim, weight in zip(sorted(logits), weights, strict=True)
         ]
         return torch.stack(terms).sum()
+
+
+class ClassLabels(nn.Module):
+    """Cross-entropy at every size: `NestedClassifier` and its loss, as an objective."""
+
+    def __init__(
+        self, head: NestedClassifier, *, weights: Any = "uniform", label_smoothing: float | int = 0
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.loss = NestedCrossEntropy(weights=weights, label_smoothing=float(label_smoothing))
+
+    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.head(rows), labels)
 
 
 class BlockTriangularLinear(nn.Linear):
@@ -89,13 +122,14 @@ class BlockTriangularLinear(nn.Linear):
     Parameters
     ----------
     in_dims, out_dims
-        Sizes of the input and output, paired in order.
+        Sizes of the input and output, rising, paired in order.
     """
 
     def __init__(
         self, in_dims: Iterable[int] | str, out_dims: Iterable[int] | str, *, bias: bool = True
     ) -> None:
-        ins, outs = parse_dims(in_dims), parse_dims(out_dims)
+        ins = rising_dims(in_dims, beside="output sizes")
+        outs = rising_dims(out_dims, beside="input sizes")
         if len(ins) != len(outs):
             raise DimensionError(f"{len(ins)} input sizes do not pair with {len(outs)} outputs.")
         super().__init__(ins[-1], outs[-1], bias=bias)

@@ -7,7 +7,8 @@ silence is an argument here: which sizes, what each weighs, whether a prefix is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from nestvec.errors import DataError, DimensionError
 from nestvec.space import parse_dims
+
+Weights = str | Sequence[float | int]
 
 #: Weights by name: every size alike (the paper), or the shortest double (its "8boost" ablation).
 PRESETS = ("uniform", "boost_low")
@@ -29,7 +32,7 @@ def cut(rows: Tensor, dim: int, *, normalise: bool) -> Tensor:
     return F.normalize(prefix, dim=-1) if normalise else prefix
 
 
-def dim_weights(weights: str | Sequence[float], n_dims: int) -> tuple[float, ...]:
+def dim_weights(weights: Weights, n_dims: int) -> tuple[float, ...]:
     """Return one weight a size, shortest first.
 
     >>> dim_weights("boost_low", 3)
@@ -45,6 +48,55 @@ def dim_weights(weights: str | Sequence[float], n_dims: int) -> tuple[float, ...
     return found
 
 
+def rising_dims(dims: Iterable[int] | str, *, beside: str) -> tuple[int, ...]:
+    """Return sizes that stand beside something of the same order, refusing to sort them.
+
+    >>> rising_dims("2, 4, 8", beside="weights")
+    (2, 4, 8)
+    """
+    given = dims if isinstance(dims, str) else tuple(dims)
+    sizes = parse_dims(given)
+    written = given.replace(",", " ").split() if isinstance(given, str) else given
+    if sizes != tuple(int(dim) for dim in written):
+        raise DimensionError(
+            f"sizes {given!r} are not rising, each once, so it is unclear which of the {beside} "
+            f"belongs to which. Write them as {sizes}, and the {beside} in that order."
+        )
+    return sizes
+
+
+def weighed_dims(
+    dims: Iterable[int] | str, weights: Weights
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return sizes rising and unique, with their weights.
+
+    >>> weighed_dims((8, 2), "boost_low")
+    ((2, 8), (2.0, 1.0))
+    """
+    by_name = isinstance(weights, str)
+    sizes = parse_dims(dims) if by_name else rising_dims(dims, beside="weights")
+    return sizes, dim_weights(weights, len(sizes))
+
+
+def check_labels(labels: Tensor, n_classes: int, *, ignore: int | None = None) -> None:
+    """Raise `DataError` for the first label that is not 0 to ``n_classes - 1`` (or ``ignore``).
+
+    Only labels on the CPU are looked at: to look at an accelerator's is to wait for it at every
+    step. Call it once on a data set's labels, before they move.
+    """
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels < 0) | (labels >= n_classes)
+    if ignore is not None:
+        wrong &= labels != ignore
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise DataError(
+            f"label {labels[place].item()} of row {', '.join(map(str, place))} does not fit "
+            f"{n_classes} classes: 0 to {n_classes - 1}."
+        )
+
+
 class NestedLoss(nn.Module):
     """Add up a base loss over prefixes of its first ``n_embeddings`` arguments.
 
@@ -55,8 +107,9 @@ class NestedLoss(nn.Module):
     dims
         Sizes, in any order; the largest may be the full size or not.
     weights
-        ``"uniform"``, ``"boost_low"`` or one number a size, shortest first. The paper adds up with
-        weight 1; a mean would change the learning rate with the number of sizes.
+        ``"uniform"``, ``"boost_low"`` or one number a size; the sizes are then to be written
+        rising. The paper adds up with weight 1; a mean would change the learning rate with the
+        number of sizes.
     normalise
         L2-normalise each prefix. True for cosine losses; False leaves a dot product a dot product
         (sentence-transformers' MatryoshkaLoss always normalises, even at full size).
@@ -73,6 +126,9 @@ class NestedLoss(nn.Module):
     Notes
     -----
     The arguments are never changed and the encoder runs once, outside.
+
+    NaN in an embedding is NaN in the loss, here and in every objective: whoever trains looks at the
+    loss, which it reads anyway; a look at every embedding would wait for the accelerator.
     """
 
     def __init__(
@@ -80,7 +136,7 @@ class NestedLoss(nn.Module):
         loss: Callable[..., Tensor],
         dims: Iterable[int] | str,
         *,
-        weights: str | Sequence[float] = "uniform",
+        weights: Weights = "uniform",
         normalise: bool = True,
         n_embeddings: int | None = None,
         n_dims_per_step: int = -1,
@@ -88,8 +144,7 @@ class NestedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.dims = parse_dims(dims)
-        self.weights = dim_weights(weights, len(self.dims))
+        self.dims, self.weights = weighed_dims(dims, weights)
         self.normalise = normalise
         self.n_embeddings = n_embeddings
         if n_dims_per_step != -1 and not 1 <= n_dims_per_step <= len(self.dims):
@@ -186,15 +241,20 @@ class InfoNCE(nn.Module):
 class SupervisedContrastive(nn.Module):
     """Pull rows of one label together (Khosla et al., arXiv:2004.11362, L_out).
 
-    ``forward(rows, labels)``: rows without a partner in the batch do not count; a batch without any
-    pair has loss 0.
+    ``forward(rows, labels)``: (n, dim) and (n,) class numbers, at least two rows. Rows without a
+    partner in the batch do not count; a batch without any pair has loss 0.
     """
 
-    def __init__(self, *, temperature: float = 0.1) -> None:
+    def __init__(self, *, temperature: float | int = 0.1) -> None:
         super().__init__()
         self.temperature = temperature
 
     def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        if len(rows) < 2 or labels.shape != rows.shape[:1] or labels.is_floating_point():
+            raise DataError(
+                f"rows {tuple(rows.shape)} with labels {tuple(labels.shape)} of {labels.dtype} do "
+                f"not fit: at least two rows, and a whole number for each, (n,)."
+            )
         itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         scores = (rows @ rows.T / self.temperature).masked_fill(itself, float("-inf"))
         log_share = scores.log_softmax(dim=1).masked_fill(itself, 0.0)
@@ -215,7 +275,7 @@ class NestedDistillation(nn.Module):
         self,
         dims: Iterable[int] | str,
         *,
-        weights: str | Sequence[float] = "uniform",
+        weights: Weights = "uniform",
         normalise: bool = True,
     ) -> None:
         super().__init__()
@@ -233,11 +293,16 @@ def _row_error(student: Tensor, teacher: Tensor) -> Tensor:
 class NestedDropout(nn.Module):
     """Order features by how often they are kept (Rippel, Gelbart and Adams, arXiv:1402.0915).
 
-    In training each row keeps its first ``b`` numbers, b geometric with rate ``rate`` and at most
-    the full size; the others are zero. In evaluation nothing changes.
+    In training each row (..., dim) keeps its first ``b`` numbers, b geometric with rate ``rate``
+    and at most the full size; the others are zero, and nothing is scaled up. In evaluation nothing
+    changes: cut, and let `best_size` choose where on validation. The paper's unit sweeping (freeze
+    early units once they have converged, because late ones are rarely kept) is not done; a rate
+    near 1 / dim keeps the last units in use.
     """
 
-    def __init__(self, *, rate: float = 0.01, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, *, rate: float | int = 0.01, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         if not 0 < rate < 1:
             raise DataError(f"rate {rate!r} must lie between 0 and 1.")
@@ -247,7 +312,32 @@ class NestedDropout(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         if not self.training:
             return rows
-        draw = torch.rand(len(rows), generator=self.generator).to(rows.device)
+        draw = torch.rand(rows.shape[:-1], generator=self.generator).to(rows.device)
         draw = draw.clamp(min=torch.finfo(draw.dtype).tiny)
-        kept = 1 + (draw.log() / torch.log1p(torch.tensor(-self.rate))).floor()
-        return rows * (torch.arange(rows.shape[-1], device=rows.device) < kept[:, None])
+        kept = 1 + (draw.log() / math.log1p(-self.rate)).floor()
+        return rows * (torch.arange(rows.shape[-1], device=rows.device) < kept[..., None])
+
+
+def best_size(scores: Mapping[int, float], *, tolerance: float | int = 0.0) -> int:
+    """Return the smallest size whose validation score is within ``tolerance`` of the best.
+
+    Parameters
+    ----------
+    scores
+        Validation score of each size, higher for better: an accuracy, for instance.
+    tolerance
+        What a smaller size may lose, in units of the score.
+
+    >>> best_size({8: 0.71, 16: 0.80, 32: 0.79})
+    16
+    >>> best_size({8: 0.71, 16: 0.80, 32: 0.81}, tolerance=0.02)
+    16
+    """
+    bad = [dim for dim, score in scores.items() if not math.isfinite(score)]
+    if not scores or bad or not tolerance >= 0:
+        raise DataError(
+            f"no size can be chosen from scores {dict(scores)} with tolerance {tolerance!r}: at "
+            f"least one score, all of them finite, and a tolerance of 0 or more."
+        )
+    wanted = max(scores.values()) - tolerance
+    return min(dim for dim, score in scores.items() if score >= wanted)

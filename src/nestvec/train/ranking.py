@@ -40,8 +40,8 @@ class CoSENT(nn.Module):
         _check_scores(scores)
         exact = torch.promote_types(first.dtype, torch.float32)
         close = self.scale * (first.to(exact) * second).sum(dim=-1)
-        # Zero, or NaN with a score that is: so that such a score shows in the loss on any device.
-        close = close + (scores - scores).to(exact)
+        # Zeros, or NaN where a score or an embedding is not finite: no order may hide one.
+        close = close + (close - close) + (scores - scores).to(exact)
         too_close = close[None, :] - close[:, None]  # (i, j): j above i
         out_of_place = too_close.masked_fill(scores[:, None] <= scores[None, :], float("-inf"))
         return torch.cat([close.new_zeros(1), out_of_place.flatten()]).logsumexp(dim=0)
