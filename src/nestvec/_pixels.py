@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +122,10 @@ def resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: str) -> 
     return done[0] if pixels.shape[2] == 3 else np.stack(done, axis=2)
 
 
-def all_pixels(images: Any, *, name: str = "images") -> Sequence[NDArray[np.uint8]]:
+def all_pixels(images: Any, *, name: str = "images") -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
     """Return many images as uint8 (h, w, c) each: an array, or a sequence of what one can be."""
     if isinstance(images, np.ndarray) and images.dtype != object:
-        return as_pixel_batch(images, name=name)  # type: ignore[return-value]  # rows are images
+        return as_pixel_batch(images, name=name)
     return [as_pixels(image, name=f"{name}: row {row}") for row, image in enumerate(images)]
 
 

@@ -1,18 +1,19 @@
-"""nestvec embed: raw text to vectors that know their Space."""
+"""nestvec embed: raw text or images to vectors that know their Space."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestvec.cli._common import Column, Json, Role, command, describe, note, out, print_json
+from nestvec._atomic import written_beside
+from nestvec.cli._common import Column, Json, Role, command, describe, fail, note, out, print_json
 from nestvec.space import Embeddings
 
 if TYPE_CHECKING:
-    from nestvec.corpus import RetrievalSet, Texts
+    from nestvec.corpus import Images, RetrievalSet, Texts
     from nestvec.encoders import Encoder
     from nestvec.maps.base import FittedMap
 
@@ -26,6 +27,8 @@ Examples:
   nestvec embed docs.jsonl -o docs.parquet --model nomic-ai/nomic-embed-text-v1.5
 
   nestvec embed docs.csv -o docs.safetensors --map nest/     (embedded, then mapped)
+
+  nestvec embed cifar.npz --split test -o test.safetensors --model resnet/ --labels test.txt
 """
 
 
@@ -35,7 +38,8 @@ def embed(
         Path,
         typer.Argument(
             help="Text: a file (.txt, .md, .jsonl, .csv, .parquet, ...), a folder of them, or a "
-            "BEIR-layout folder.",
+            "BEIR-layout folder. Images, for an image model: a folder of files or of one folder a "
+            "class, an .npz, or a Hugging Face datasets folder.",
             show_default=False,
         ),
     ],
@@ -49,12 +53,15 @@ def embed(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="Hub id or folder of a sentence-transformers model.")
+        str,
+        typer.Option(
+            help="Hub id or folder of a sentence-transformers model, or folder of an image model."
+        ),
     ] = "all-MiniLM-L6-v2",
     revision: Annotated[
         str | None, typer.Option(help="Revision of a hub model.", show_default=False)
     ] = None,
-    role: Annotated[Role, typer.Option(help="What the texts are.")] = "document",
+    role: Annotated[Role, typer.Option(help="What the texts or images are.")] = "document",
     column: Column = None,
     document_prompt: Annotated[
         str | None, typer.Option(help="Text put before documents.", show_default=False)
@@ -62,10 +69,20 @@ def embed(
     query_prompt: Annotated[
         str | None, typer.Option(help="Text put before queries.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts encoded together.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts or images encoded together.")] = 64,
     max_length: Annotated[
         int | None,
         typer.Option(help="Tokens read of each text; by default the model's.", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the images, like train.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the images' classes here, one a line, as `nestvec measure` reads them.",
+            show_default=False,
+        ),
     ] = None,
     map: Annotated[
         list[Path] | None,
@@ -73,34 +90,62 @@ def embed(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Embed text. Interrupted, the same command goes on from where it stopped."""
-    from nestvec.encoders import TextEncoder
+    """Embed text or images. Interrupted, the same command goes on from where it stopped."""
+    from nestvec.encoders import encoder_of
+    from nestvec.encoders.image import is_image_model
     from nestvec.maps import load_map
 
     maps = [load_map(folder) for folder in map or []]
-    texts = read_source(source, role, column)
-    encoder = TextEncoder(
-        model,
-        revision=revision,
-        document_prompt=document_prompt,
-        query_prompt=query_prompt,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    of_text = {
+        "revision": revision,
+        "document_prompt": document_prompt,
+        "query_prompt": query_prompt,
+        "max_length": max_length,
+    }
+    if is_image_model(model):
+        _refuse({**of_text, "column": column}, f"{model} is an image model")
+        found = _read_images(source, split, labels)
+        ids, items, settings = found.ids, found.images, {}
+    else:
+        _refuse({"split": split, "labels": labels}, f"{model} is no folder of an image model")
+        texts = read_source(source, role, column)
+        ids, items, settings = texts.ids, texts.texts, of_text
+    encoder = encoder_of(model, batch_size=batch_size, **settings)
     note(f"model: {encoder.source}")
-    found = embed_to(encoder, texts.texts, texts.ids, role, output, maps=maps)
+    vectors = embed_to(encoder, items, ids, role, output, maps=maps)
     if json:
         print_json(
             {
                 "output": str(output),
-                "n": len(found),
-                "n_cut": encoder.report.n_cut if encoder.report else None,
+                "n": len(vectors),
+                "n_cut": encoder.report.n_cut,
                 "source": encoder.source,
-                "space": describe(found.space),
+                "space": describe(vectors.space),
             }
         )
     else:
-        out.print(f"{output}: {found!r}", markup=False)
+        out.print(f"{output}: {vectors!r}", markup=False)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Fail if an option was given that this kind of model has no use for."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        fail(f"{why}, so --{given[0].replace('_', '-')} has no meaning here. Leave it out.")
+
+
+def _read_images(source: Path, split: str | None, labels: Path | None) -> Images:
+    from nestvec.corpus import read_images
+
+    found = read_images(source, split=split)
+    if labels is not None:
+        if found.labels is None:
+            fail(f"{source} has no labels to write to {labels}. Leave --labels out.")
+        names = found.label_names
+        lines = [str(i) if names is None else names[i] for i in found.labels]
+        with written_beside(labels) as scratch:
+            scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
 
 
 def embed_set(
@@ -137,7 +182,7 @@ def read_source(source: Path, role: Role, column: str | None = None) -> Texts:
 
 def embed_to(
     encoder: Encoder,
-    texts: Sequence[str],
+    items: Iterable[Any],
     ids: Sequence[str],
     role: Role,
     output: Path,
@@ -149,7 +194,7 @@ def embed_to(
     direct = output if not maps else output.with_name(f"{output.name}.unmapped.safetensors")
     try:
         found = encoder.encode_to(
-            direct, texts, reuse=reuse or bool(maps), ids=list(ids), role=role, show_progress=True
+            direct, items, reuse=reuse or bool(maps), ids=list(ids), role=role, show_progress=True
         )
     except KeyboardInterrupt:
         if direct.with_name(f"{direct.name}.partial").is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ __all__ = [
 
 
 def encode(
-    items: Sequence[Any],
+    items: Any,
     *,
     model: Any = "all-MiniLM-L6-v2",
     role: Role = "document",

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from nestvec.errors import DataError, FileFormatError, StorageError
 from nestvec.space import Embeddings, Space, files
 
 Role = Literal["document", "query"]
+Items = Sequence[Any] | NDArray[Any]  # checked: they have a length and are read one by one
 PLURAL = {"document": "documents", "query": "queries"}
 
 _CHUNK_BATCHES = 16  # batches kept together on disk; what an interruption can cost
@@ -89,10 +90,10 @@ class Encoder(ABC):
         """Return one row an item, before normalisation."""
 
     @abstractmethod
-    def _lengths(self, items: Sequence[Any], role: Role, /) -> tuple[NDArray[np.int64], int | None]:
+    def _lengths(self, items: Items, role: Role, /) -> tuple[NDArray[np.int64], int | None]:
         """Return the length of each item and the length at which it is cut (None: nowhere)."""
 
-    def _checked(self, items: Sequence[Any], ids: Any, /) -> Sequence[Any]:
+    def _checked(self, items: Any, ids: Any, /) -> Items:
         """Return the items to be read one by one, or raise `DataError` for one that will not do."""
         return _checked_texts(items, ids)
 
@@ -102,7 +103,7 @@ class Encoder(ABC):
 
     def encode(
         self,
-        items: Sequence[Any],
+        items: Any,
         *,
         role: Role = "document",
         ids: Any = None,
@@ -180,7 +181,7 @@ class Encoder(ABC):
     def encode_to(
         self,
         path: str | os.PathLike[str],
-        items: Sequence[Any],
+        items: Any,
         *,
         reuse: bool = False,
         **options: Any,
@@ -233,7 +234,7 @@ class Encoder(ABC):
             raise DataError(f"{name}: {len(matrix)} vectors for {len(items)} {self._unit}.")
         return _checks.normalise(matrix, name=name) if space.normalisation == "l2" else matrix
 
-    def _key(self, items: Sequence[Any], role: Role) -> str:
+    def _key(self, items: Items, role: Role) -> str:
         """Hash everything that decides what a chunk holds."""
         digest = hashlib.sha256(f"{self.space.space_id} {role} {self.batch_size}".encode())
         for item in items:
@@ -287,7 +288,7 @@ def _split(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _checked_texts(texts: Sequence[str], ids: Any) -> list[str]:
+def _checked_texts(texts: Iterable[str], ids: Any) -> list[str]:
     if isinstance(texts, (str, bytes)):
         raise DataError("texts: one string given where a list of texts is expected; pass [text].")
     found = list(texts)

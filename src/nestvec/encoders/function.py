@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nestvec import _checks
-from nestvec.encoders.base import Encoder, Role
+from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.space import Space
 
 
@@ -75,5 +75,5 @@ class CallableEncoder(Encoder):
     def _vectors(self, texts: list[str], role: Role) -> ArrayLike:
         return self.function([self.prompts[role] + text for text in texts])
 
-    def _lengths(self, texts: Sequence[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
+    def _lengths(self, texts: Items, role: Role) -> tuple[NDArray[np.int64], int | None]:
         return np.array([len(text) for text in texts]), None

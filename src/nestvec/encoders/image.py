@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nestvec._pixels import EncodedImage, as_pixel_batch, as_pixels, check_channels, opened
-from nestvec.encoders.base import Encoder, Role, id_of
+from nestvec.encoders.base import Encoder, Items, Role, id_of
 from nestvec.encoders.fingerprint import image_fingerprint
 from nestvec.errors import DataError, ModelError
 from nestvec.space import Space
@@ -106,7 +106,7 @@ class ImageEncoder(Encoder):
             nesting_dims=self.network.nesting_dims,
         )
 
-    def _checked(self, images: Any, ids: Any) -> Sequence[Any]:
+    def _checked(self, images: Any, ids: Any) -> Items:
         if isinstance(images, (str, os.PathLike)) or hasattr(images, "getbands"):
             raise DataError(
                 "images: one image given where a sequence of them is expected; pass [image]. "
@@ -145,7 +145,7 @@ class ImageEncoder(Encoder):
         with evaluating(self.network):
             return self.network(pixel_values.to(place.device, place.dtype)).float().cpu().numpy()
 
-    def _lengths(self, images: Sequence[Any], role: Role) -> tuple[NDArray[np.int64], int | None]:
+    def _lengths(self, images: Items, role: Role) -> tuple[NDArray[np.int64], int | None]:
         return np.zeros(len(images), np.int64), None
 
 

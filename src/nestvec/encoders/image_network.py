@@ -252,7 +252,9 @@ def small_resnet(
 ) -> ImageNetwork:
     """Return a small ResNet of transformers with fresh weights; its dim is the last hidden size.
 
-    Basic blocks, one stage a hidden size, average pooling. It takes images of any size from 32.
+    Basic blocks, one stage a hidden size, average pooling. It takes images of any size from 32. Its
+    activation is GELU: a ReLU before the pooling makes half of a small image's numbers 0, and with
+    them whole short prefixes, which then have no direction.
     """
     transformers = require("transformers", extra="image", why="a small ResNet")
     config = transformers.ResNetConfig(
@@ -261,6 +263,7 @@ def small_resnet(
         hidden_sizes=list(hidden_sizes),
         depths=list(depths),
         layer_type="basic",
+        hidden_act="gelu",
     )
     return ImageNetwork(transformers.ResNetModel(config), dim=hidden_sizes[-1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._extras import require
 from nestvec.encoders import bundled
 from nestvec.encoders._quiet import quiet
-from nestvec.encoders.base import Encoder, Role
+from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.errors import ModelError
 from nestvec.space import Space, known_dims
@@ -147,7 +147,7 @@ class TextEncoder(Encoder):
         finally:
             self.model.truncate_dim = truncate_dim
 
-    def _lengths(self, texts: Sequence[str], role: Role) -> tuple[NDArray[np.int64], int | None]:
+    def _lengths(self, texts: Items, role: Role) -> tuple[NDArray[np.int64], int | None]:
         """Count tokens; where the model has no ordinary tokenizer, characters."""
         limit = getattr(self.model, "max_seq_length", None)
         tokenizer: Any = getattr(self.model, "tokenizer", None)
