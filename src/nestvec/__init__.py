@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nestvec.classify import AdaptiveClassifier
     from nestvec.corpus import Images, RetrievalSet, read_beir, read_images, read_texts
     from nestvec.encoders import CallableEncoder, ImageEncoder, TextEncoder, encode
     from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation, RandomRotation, load_map
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nestvec.space.files import load
 
 _HOME = {
+    "AdaptiveClassifier": "nestvec.classify",
     "CallableEncoder": "nestvec.encoders",
     "Cascade": "nestvec.search",
     "Curve": "nestvec.measurement",
@@ -54,6 +56,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptiveClassifier",
     "CallableEncoder",
     "Cascade",
     "Curve",
