@@ -11,6 +11,7 @@
     ├── FileFormatError (ValueError)      a file that is truncated, damaged or foreign
     ├── StorageError (OSError)            the disk said no: full, read-only, missing
     ├── ModelError (ValueError)           a model folder, hub id or checksum that is not right
+    ├── TrainingError (RuntimeError)      a training that went wrong or is not the one in its folder
     └── MissingExtraError (ImportError)   an optional dependency is not installed
 
 Each also derives from the built-in error a caller would guess, so ``except ValueError`` works.
@@ -54,6 +55,10 @@ class StorageError(NestvecError, OSError):
 
 class ModelError(NestvecError, ValueError):
     """A model cannot be loaded: not a model folder, unknown id, wrong checksum."""
+
+
+class TrainingError(NestvecError, RuntimeError):
+    """A training cannot go on: its loss is no number, or its folder holds another one."""
 
 
 class MissingExtraError(NestvecError, ImportError):

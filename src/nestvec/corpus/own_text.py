@@ -5,16 +5,14 @@ from __future__ import annotations
 import ast
 import csv
 import html.parser
-import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestvec._extras import require
-from nestvec.corpus._lines import lines_of
+from nestvec.corpus._tables import TABLES, Row, dataset_rows, is_dataset, rows_of
 from nestvec.corpus.passages import passages
 from nestvec.corpus.retrieval_set import Texts
 from nestvec.errors import DataError, FileFormatError, NestvecError, StorageError
@@ -23,7 +21,6 @@ _TEXT = ("text", "content", "body", "passage", "document", "sentence")
 _IDS = ("id", "_id")
 _PROSE = (".txt", ".md", ".rst", ".html", ".htm", ".py")
 _HALVES = re.compile(r"[\ud800-\udfff]")  # of characters: JSON can hold one, UTF-8 cannot
-_TABLES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 
 class _Document(NamedTuple):
@@ -74,7 +71,7 @@ def read_texts(path: str | os.PathLike[str], *, column: str | None = None) -> Te
     if not found:
         raise DataError(
             f"no text found in {path}. It reads files with content, ending in "
-            f"{', '.join(_PROSE + _TABLES)}, and folders of them."
+            f"{', '.join(_PROSE + TABLES)}, and folders of them."
         )
     return Texts(list(found.values()), list(found))
 
@@ -89,7 +86,7 @@ def _documents(path: Path, column: str | None) -> Iterator[_Document]:
             raise StorageError(f"cannot read {path}: there is no such file or folder.")
         if path.is_file():
             yield from _file(path, path.name, column)
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        elif is_dataset(path):
             yield from _dataset(path, column)
         else:
             for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -110,8 +107,8 @@ def _file(
 ) -> Iterator[_Document]:
     """Yield the documents of one file; a complaint of any reader names it."""
     try:
-        if _ending(path) in _TABLES:
-            for number, row in enumerate(_rows(path), 1):
+        if _ending(path) in TABLES:
+            for number, row in enumerate(rows_of(path), 1):
                 yield _from_row(row, f"{name}#{number}", column)
             return
         if _binary(path):
@@ -130,7 +127,7 @@ def _file(
 
 
 def _ending(path: Path) -> str | None:
-    return next((e for e in _PROSE + _TABLES if path.name.lower().endswith(e)), None)
+    return next((e for e in _PROSE + TABLES if path.name.lower().endswith(e)), None)
 
 
 def _binary(path: Path) -> bool:
@@ -141,26 +138,7 @@ def _binary(path: Path) -> bool:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        parquet = require("pyarrow.parquet", extra="index", why="reading Parquet files")
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    elif name.endswith((".csv", ".tsv")):
-        lines = lines_of(path)
-        yield from csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ",")
-    else:
-        for number, line in enumerate(lines_of(path), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise FileFormatError(f"line {number} is not JSON ({error})") from error
-                yield row if isinstance(row, dict) else {_TEXT[0]: row}
-
-
-def _from_row(row: Mapping[str, Any], fallback: str, column: str | None) -> _Document:
+def _from_row(row: Row, fallback: str, column: str | None) -> _Document:
     name = column or next((c for c in _TEXT if c in row), None)
     if name is None or name not in row:
         wanted = repr(column) if column else f"column of text ({', '.join(_TEXT)})"
@@ -174,22 +152,9 @@ def _from_row(row: Mapping[str, Any], fallback: str, column: str | None) -> _Doc
 
 
 def _dataset(folder: Path, column: str | None) -> Iterator[_Document]:
-    """Read what ``datasets.save_to_disk`` wrote: Arrow streams, listed in ``state.json``."""
-    pa = require("pyarrow", extra="index", why="reading Hugging Face datasets folders")
     try:
-        splits = [folder]
-        if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-            splits = [folder / name for name in names]
-        for split in splits:
-            files = json.loads((split / "state.json").read_bytes())["_data_files"]
-            number = 0
-            for file in files:
-                with pa.memory_map(str(split / file["filename"])) as source:
-                    for batch in pa.ipc.open_stream(source):
-                        for row in batch.to_pylist():
-                            number += 1
-                            yield _from_row(row, f"{split.name}#{number}", column)
+        for name, row in dataset_rows(folder):
+            yield _from_row(row, name, column)
     except NestvecError as error:
         raise type(error)(f"{folder}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,10 @@
-"""Objectives for encoders that are still being trained: nested losses and heads, in plain torch."""
+"""Train encoders to be nested: objectives in plain torch, and trainers for texts and images.
+
+The trainers are imported when they are first used, so the objectives need torch alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from nestvec._extras import require
 
@@ -9,6 +15,7 @@ from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # like
 from nestvec.train.heads import (  # noqa: E402  # likewise
     BlockLayerNorm,
     BlockTriangularLinear,
+    ClassLabels,
     NestedClassifier,
     NestedCrossEntropy,
 )
@@ -24,10 +31,26 @@ from nestvec.train.objectives import (  # noqa: E402  # likewise
     cut,
 )
 from nestvec.train.ranking import CoSENT  # noqa: E402  # likewise
+from nestvec.train.result import Trained, load_classifier  # noqa: E402  # likewise
+from nestvec.train.sentence_transformer import SentenceTransformerLoss  # noqa: E402  # likewise
+from nestvec.train.settings import Settings  # noqa: E402  # likewise
+
+if TYPE_CHECKING:
+    from nestvec.train.image import ShiftAndFlip, train_image
+    from nestvec.train.image_text import train_image_text
+    from nestvec.train.text import train_text
+
+_HOME = {
+    "ShiftAndFlip": "nestvec.train.image",
+    "train_image": "nestvec.train.image",
+    "train_image_text": "nestvec.train.image_text",
+    "train_text": "nestvec.train.text",
+}
 
 __all__ = [
     "BlockLayerNorm",
     "BlockTriangularLinear",
+    "ClassLabels",
     "CoSENT",
     "InfoNCE",
     "NestedClassifier",
@@ -36,11 +59,25 @@ __all__ = [
     "NestedDropout",
     "NestedLoss",
     "NestedMaskedLM",
+    "SentenceTransformerLoss",
+    "Settings",
+    "ShiftAndFlip",
     "SupervisedContrastive",
+    "Trained",
     "best_size",
     "check_labels",
     "cut",
     "encode_in_chunks",
     "gathered",
+    "load_classifier",
     "row_offset",
+    "train_image",
+    "train_image_text",
+    "train_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

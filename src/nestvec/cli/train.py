@@ -1,0 +1,315 @@
+"""nestvec train: encoders whose every prefix is an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestvec.cli._common import Dims, Json, command, fail, note, out, print_json
+
+if TYPE_CHECKING:
+    from nestvec.train import Settings, Trained
+
+HELP = "Train an encoder so that every prefix of its vectors is an embedding."
+
+TEXT_EPILOG = """
+Examples:
+
+  nestvec train text pairs.jsonl -o my-model                     (columns anchor, positive)
+
+  nestvec train text triplets.tsv -o my-model --dims 32,64,128   (anchor, positive, negative)
+
+  nestvec train text stsb/train.tsv -o my-model --validation stsb/dev.tsv    (scored pairs)
+
+  nestvec train text scifact/ -o my-model                        (a BEIR folder: its train qrels)
+
+  nestvec train text intents.jsonl -o my-model --epochs 5        (columns text, label)
+
+  nestvec train text big.jsonl -o my-model --batch-size 1024 --chunk-size 32
+
+  torchrun --nproc-per-node 2 -m nestvec train text pairs.jsonl -o my-model
+"""
+
+IMAGE_EPILOG = """
+Examples:
+
+  nestvec train image photos/ -o my-model                  (one folder a class)
+
+  nestvec train image cifar10.npz -o my-model --epochs 15  (x_train, y_train, x_test, y_test)
+
+  nestvec train image photos/ -o my-model --network microsoft-resnet/   (a transformers folder)
+
+  nestvec embed photos/ -o v.safetensors --model my-model
+"""
+
+app = typer.Typer(no_args_is_help=True, help=HELP)
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        help="Folder for the model, new or left by the same training, which then goes on.",
+        show_default=False,
+    ),
+]
+Validation = Annotated[
+    Path | None,
+    typer.Option(
+        help="Scored at every size as training goes; by default some rows are held out.",
+        show_default=False,
+    ),
+]
+Holdout = Annotated[
+    float | None,
+    typer.Option(help="Share of rows to hold out; 0 trains on all.", show_default=False),
+]
+Weights = Annotated[
+    str, typer.Option(help="Weight of each size: uniform, boost_low, or numbers like 2,1,1.")
+]
+Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
+MaxSteps = Annotated[int, typer.Option(help="Steps instead of epochs; -1 for none.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step, over all processes.")]
+HeadRate = Annotated[
+    float | None,
+    typer.Option(help="Learning rate of the classifiers.", show_default="--learning-rate"),
+]
+Precision = Annotated[
+    str,
+    typer.Option(help="auto (bfloat16 where an accelerator has it), float32, bfloat16, float16"),
+]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(help="tensorboard, wandb, mlflow, ...; repeat for several.", show_default=False),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier training in OUTPUT.")]
+
+
+@app.command(epilog=TEXT_EPILOG)
+@command
+def text(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Pairs, triplets, scored pairs or labelled texts (.jsonl, .csv, .tsv, .parquet, a "
+            "datasets folder), or a BEIR-layout folder.",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    model: Annotated[
+        str, typer.Option(help="Hub id or folder of a sentence-transformers model.")
+    ] = "all-MiniLM-L6-v2",
+    dims: Dims = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the columns in order, like question,answer.", show_default=False
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="pairs, triplets, scored or labelled; by default what the columns say."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a BEIR folder: whose judgements.")] = "train",
+    validation: Validation = None,
+    holdout: Holdout = None,
+    weights: Weights = "uniform",
+    freeze_layers: Annotated[
+        int, typer.Option(min=0, help="Transformer layers, from the bottom, left as they are.")
+    ] = 0,
+    epochs: Epochs = 1,
+    max_steps: MaxSteps = -1,
+    batch_size: BatchSize = 64,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rows in memory together: a large batch, slower.", show_default=False
+        ),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
+    head_learning_rate: HeadRate = None,
+    precision: Precision = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    log_to: LogTo = None,
+    fresh: Fresh = False,
+    json: Json = False,
+) -> None:
+    """Train a text model to be nested. Interrupted, the same command goes on."""
+    from nestvec.corpus.examples import KINDS, read_examples
+    from nestvec.train import Settings, train_text
+
+    if kind is not None and kind not in KINDS:
+        fail(f"--kind {kind!r} is not one of {', '.join(KINDS)}.")
+    named = {"columns": columns.split(",") if columns else None, "kind": kind}
+    examples = read_examples(source, split=split, **named)
+    held_out = None
+    if validation is not None:
+        held_out = read_examples(
+            validation, label_names=examples.label_names or None, split="dev", **named
+        )
+    note(f"{len(examples):,} {examples.kind.replace('scored', 'scored pairs')} to train on")
+    settings = Settings(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate or (1e-2 if examples.kind == "labelled" else None),
+        precision=precision,
+        seed=seed,
+        log_to=tuple(log_to or ()),
+    )
+    _run(
+        lambda: train_text(
+            model,
+            examples,
+            output,
+            dims=dims,
+            validation=held_out,
+            holdout=holdout,
+            weights=_weights(weights),
+            freeze_layers=freeze_layers,
+            settings=settings,
+            fresh=fresh,
+        ),
+        output,
+        settings,
+        json,
+    )
+
+
+@app.command(epilog=IMAGE_EPILOG)
+@command
+def image(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Labelled images: one folder a class (maybe below train/ and test/), .npz, or a "
+            "datasets folder.",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    network: Annotated[
+        str, typer.Option(help="resnet, vit (small, fresh weights) or a transformers model folder.")
+    ] = "resnet",
+    dims: Dims = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Side of the square in pixels.", show_default="the first image's"),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which split to train on.", show_default="train")
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            help="A split of SOURCE, or another source, scored at every size as training goes; by "
+            "default a tenth is held out.",
+            show_default=False,
+        ),
+    ] = None,
+    holdout: Holdout = None,
+    objective: Annotated[
+        str, typer.Option(help="cross_entropy or supervised_contrastive.")
+    ] = "cross_entropy",
+    tied: Annotated[
+        bool, typer.Option("--tied", help="MRL-E: one classifier, cut to every size.")
+    ] = False,
+    weights: Weights = "uniform",
+    shift: Annotated[
+        int, typer.Option(min=0, help="Augmentation: shift by up to so many pixels.")
+    ] = 0,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Augmentation: mirror half of the images.")
+    ] = False,
+    epochs: Epochs = 20,
+    max_steps: MaxSteps = -1,
+    batch_size: BatchSize = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    head_learning_rate: HeadRate = None,
+    precision: Precision = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    log_to: LogTo = None,
+    fresh: Fresh = False,
+    json: Json = False,
+) -> None:
+    """Train an image model to be nested. Interrupted, the same command goes on."""
+    from nestvec.train import Settings, ShiftAndFlip, train_image
+    from nestvec.train.image import read_labelled
+
+    images, held_out = read_labelled(source, split=split, validation=validation)
+    note(f"{images!r} to train on")
+    settings = Settings(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        log_to=tuple(log_to or ()),
+    )
+    _run(
+        lambda: train_image(
+            network,
+            images,
+            output,
+            dims=dims,
+            size=size,
+            validation=held_out,
+            holdout=0.1 if holdout is None else holdout,
+            objective=objective,
+            tied=tied,
+            weights=_weights(weights),
+            augment=ShiftAndFlip(shift, flip=flip) if shift or flip else None,
+            settings=settings,
+            fresh=fresh,
+        ),
+        output,
+        settings,
+        json,
+    )
+
+
+def _weights(given: str) -> Any:
+    if not given[:1].isdigit():
+        return given
+    try:
+        return tuple(float(weight) for weight in given.split(","))
+    except ValueError:
+        fail(f"--weights {given!r}: give uniform, boost_low, or numbers like 2,1,1.")
+
+
+def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: bool) -> None:
+    from nestvec.train.card import size_table
+    from nestvec.train.settings import is_first_process
+
+    try:
+        trained = train()
+    except KeyboardInterrupt:
+        if is_first_process():
+            note("\nthe last checkpoint is kept: the same command goes on from it")
+        raise
+    if not is_first_process():
+        return
+    if json:
+        print_json(
+            {
+                "output": str(output),
+                "dims": list(trained.dims),
+                "metrics": trained.metrics,
+                "settings": settings.to_dict(),
+            }
+        )
+        return
+    if trained.metrics:
+        out.print(size_table(trained.metrics, trained.dims), markup=False)
+    out.print(f"{output}: nesting dims {trained.dims}", markup=False)
+    note(f"next: nestvec embed ... --model {output}")

@@ -1,0 +1,86 @@
+"""What stands beside trained weights: the sizes in config.json, and a model card with the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nestvec._atomic import written_beside
+
+
+def declare_dims(folder: Path, dims: Sequence[int]) -> None:
+    """Write ``is_matryoshka`` and ``matryoshka_dimensions`` (vLLM's keys) into config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"is_matryoshka": True, "matryoshka_dimensions": list(dims)}
+    with written_beside(path) as scratch:
+        scratch.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def size_table(metrics: Mapping[str, float], dims: Sequence[int]) -> str:
+    """Return a Markdown table, a row a size, of metrics called ``name@dim``.
+
+    >>> print(size_table({"spearman@8": 0.5, "spearman@16": 0.625}, [8, 16]))
+    | dim | bytes a vector | spearman |
+    | --- | --- | --- |
+    | 8 | 32 | 0.500 |
+    | 16 | 64 | 0.625 |
+    """
+    names = list(dict.fromkeys(key.rpartition("@")[0] for key in metrics))
+    head = ["dim", "bytes a vector", *names]
+    rows = [
+        [str(dim), str(4 * dim), *(f"{metrics[f'{name}@{dim}']:.3f}" for name in names)]
+        for dim in dims
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_card(
+    folder: Path,
+    *,
+    library: str,
+    base: str,
+    dims: Sequence[int],
+    metrics: Mapping[str, float],
+    measured_on: str,
+    trained_on: str,
+    settings: Mapping[str, Any],
+    usage: str,
+) -> None:
+    """Write README.md, a model card as the hub reads it."""
+    table = size_table(metrics, dims) if metrics else "Not measured: no validation data was given."
+    how = "\n".join(f"- {key}: {value}" for key, value in settings.items() if value is not None)
+    text = f"""---
+library_name: {library}
+tags: [{library}, nestvec, matryoshka, embeddings]
+---
+# {folder.resolve().name}
+
+A nested (Matryoshka) embedding model: every prefix of its vectors at the sizes
+{", ".join(map(str, dims))} is an embedding. Cut, then L2-normalise.
+
+- base: {base}
+- trained on: {trained_on}
+
+## Each size
+
+{f"Measured on {measured_on}, after each cut and L2-normalisation." if metrics else ""}
+
+{table}
+
+## Use
+
+{usage}
+
+## Training
+
+{how}
+
+Made with nestvec, after Matryoshka Representation Learning (Kusupati et al. 2022,
+[arXiv:2205.13147](https://arxiv.org/abs/2205.13147)).
+"""
+    with written_beside(folder / "README.md") as scratch:
+        scratch.write_text(text, encoding="utf-8")

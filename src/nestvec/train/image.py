@@ -1,0 +1,446 @@
+"""Train an image network to be nested, on labelled images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from nestvec._pixels import as_pixels
+from nestvec.corpus.images import Images, read_images
+from nestvec.encoders.fingerprint import image_fingerprint
+from nestvec.encoders.image_network import (
+    ImageNetwork,
+    Preprocessing,
+    load_image_model,
+    save_image_model,
+    small_resnet,
+    small_vit,
+)
+from nestvec.errors import DataError, DimensionError
+from nestvec.space import halving, parse_dims
+from nestvec.train.card import write_card
+from nestvec.train.distributed import gathered
+from nestvec.train.heads import ClassLabels, NestedClassifier
+from nestvec.train.objectives import NestedLoss, SupervisedContrastive
+from nestvec.train.result import Trained, last_metrics, save_classifier
+from nestvec.train.run import Run
+from nestvec.train.settings import Settings, is_first_process
+from nestvec.train.trainer import ModuleTrainer
+from nestvec.train.validation import label_accuracy, neighbour_accuracy
+
+OBJECTIVES = ("cross_entropy", "supervised_contrastive")
+
+
+class ShiftAndFlip(nn.Module):
+    """Shift each image of a batch by up to ``pixels``, and mirror every other one by chance.
+
+    ``forward(pixel_values)``: (n, c, h, w) in, the same out, drawn from torch's generator. What
+    leaves on one side is filled with the border's own pixels.
+    """
+
+    def __init__(self, pixels: int = 4, *, flip: bool = True) -> None:
+        super().__init__()
+        self.pixels, self.flip = pixels, flip
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        n, _, height, width = pixel_values.shape
+        if self.flip:
+            mirrored = torch.rand(n, device=pixel_values.device) < 0.5
+            pixel_values = torch.where(
+                mirrored.view(-1, 1, 1, 1), pixel_values.flip(-1), pixel_values
+            )
+        if not self.pixels:
+            return pixel_values
+        wide = F.pad(pixel_values, [self.pixels] * 4, mode="replicate")
+        moves = torch.randint(0, 2 * self.pixels + 1, (2, n), device=pixel_values.device)
+        rows = moves[0, :, None] + torch.arange(height, device=wide.device)
+        columns = moves[1, :, None] + torch.arange(width, device=wide.device)
+        number = torch.arange(n, device=wide.device)[:, None, None]
+        shifted = wide.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]]
+        return shifted.permute(0, 3, 1, 2)
+
+
+class ImageTask(nn.Module):
+    """A network, what is done to its input in training, and what it is asked for.
+
+    ``forward(pixel_values, labels)`` returns ``{"loss": scalar}``.
+    """
+
+    def __init__(
+        self, network: nn.Module, objective: nn.Module, *, augment: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.network, self.objective, self.augment = network, objective, augment
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.training and self.augment is not None:
+            pixel_values = self.augment(pixel_values)  # here, so that a resumed run draws the same
+        rows = self.network(pixel_values)
+        with torch.autocast(rows.device.type, enabled=False):  # a logit needs its digits
+            return {"loss": self.objective(rows.float(), labels)}
+
+
+class _AllProcesses(nn.Module):
+    """An objective over the rows of all processes."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        return self.objective(gathered(rows), gathered(labels))
+
+
+class Numbers(Dataset[int]):
+    """Row numbers; the batch is read and preprocessed as a whole."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+
+def read_labelled(
+    source: str | os.PathLike[str], *, split: str | None = None, validation: str | None = None
+) -> tuple[Images, Images | None]:
+    """Read images to train on, and those to validate on.
+
+    Parameters
+    ----------
+    source
+        As `read_images` takes it.
+    split
+        What to train on; None takes ``train`` if there is such a split, else everything.
+    validation
+        A split of ``source``, or another source; None is none.
+
+    Raises
+    ------
+    DataError, FileFormatError, StorageError
+        As `read_images` raises them.
+    """
+    if split is None:
+        try:
+            images = read_images(source, split="train")
+        except DataError:
+            images = read_images(source)
+    else:
+        images = read_images(source, split=split)
+    if validation is None:
+        return images, None
+    if Path(validation).exists():
+        return images, read_images(validation)
+    return images, read_images(source, split=validation)
+
+
+def train_image(
+    network: Any,
+    images: Images,
+    output: str | os.PathLike[str],
+    *,
+    dims: Iterable[int] | str | None = None,
+    preprocessing: Preprocessing | None = None,
+    size: int | None = None,
+    validation: Images | None = None,
+    holdout: float | int = 0.1,
+    objective: str = "cross_entropy",
+    tied: bool = False,
+    weights: Any = "uniform",
+    label_smoothing: float | int = 0.0,
+    augment: nn.Module | None = None,
+    settings: Settings | None = None,
+    fresh: bool = False,
+) -> Trained:
+    """Train an image network so that every prefix of its vectors is an embedding.
+
+    Parameters
+    ----------
+    network
+        ``"resnet"`` or ``"vit"`` (small, fresh weights), a folder of a transformers image model, an
+        `ImageNetwork`, or any module that returns (n, dim) as ``ImageNetwork(module, dim=dim)``.
+    images
+        Labelled images; see `nestvec.corpus.read_images`.
+    output
+        A folder, new or left by the same training, which then goes on from its last checkpoint.
+    dims
+        Sizes; by default the full size halved down to 8. The full size is always trained.
+    preprocessing
+        What happens to an image first; by default the folder's own, or else the size and channels
+        of the first image with the mean and deviation of the training images.
+    size
+        Side of the square in pixels, in place of the first image's.
+    validation
+        Labelled images that are scored at every size as training goes; by default a share
+        ``holdout`` of the rows is drawn by seed and not trained on.
+    objective
+        ``"cross_entropy"`` (MRL: one classifier a size; with ``tied`` MRL-E: one that is cut) or
+        ``"supervised_contrastive"``, nested.
+    weights, label_smoothing
+        Of `NestedCrossEntropy`.
+    augment
+        A module from (n, c, h, w) to the same, applied in training only, e.g. `ShiftAndFlip`.
+    settings
+        How to train.
+    fresh
+        Forget an earlier training in ``output``.
+
+    Returns
+    -------
+    Trained
+        The folder holds the model as transformers saves it (``config.json`` with
+        ``matryoshka_dimensions``, ``model.safetensors``, ``preprocessor_config.json``), a model
+        card, the log, and ``classifier.safetensors``.
+
+    Raises
+    ------
+    TrainingError
+        If the loss or a gradient stops being a number (the last checkpoint is kept), or ``output``
+        holds another training.
+    DataError, DimensionError, ModelError, StorageError
+        If the images, labels, sizes, network or folder do not fit.
+    """
+    settings = settings or Settings(learning_rate=1e-3, epochs=20)
+    if objective not in OBJECTIVES:
+        raise DataError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
+    labels, names = _labels(images)
+    train_rows, held_out = _split(images, labels, names, validation, holdout, settings.seed)
+    torch.manual_seed(settings.seed)  # of networks and heads that are made here
+    network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
+    sizes = sizes_of(network, dims)
+    head = None
+    if objective == "cross_entropy":
+        head = NestedClassifier(sizes, len(names), tied=tied)
+        chosen: nn.Module = ClassLabels(head, weights=weights, label_smoothing=label_smoothing)
+    else:
+        loss = NestedLoss(SupervisedContrastive(), sizes, weights=weights, n_embeddings=1)
+        chosen = _AllProcesses(loss)
+    run = Run(
+        Path(output),
+        {
+            "model": image_fingerprint(network, preprocessing),
+            "images": image_hash(images, train_rows),
+            "dims": list(sizes),
+            "objective": [objective, tied, float(label_smoothing)],
+            "weights": weights if isinstance(weights, str) else list(weights),
+            "augment": repr(augment),
+            "settings": settings.to_dict(),
+        },
+        fresh=fresh,
+    )
+    if run.finished:
+        sys.stderr.write(f"{output}: trained already\n")
+        return Trained(run.folder, sizes, last_metrics(run), run.records())
+
+    def batch(rows: list[int]) -> dict[str, Tensor]:
+        chosen_rows = train_rows[rows]
+        return {
+            "pixel_values": preprocessing(pick(images, chosen_rows)),
+            "labels": torch.from_numpy(labels[chosen_rows]),
+        }
+
+    def validate() -> dict[str, float]:
+        assert held_out is not None
+        others, held_rows, held_labels = held_out
+        rows = embed_images(network, preprocessing, others, held_rows, settings.batch_size)
+        if head is not None:
+            return label_accuracy(head, rows, held_labels)
+        return neighbour_accuracy(rows, held_labels, sizes)
+
+    trainer = ModuleTrainer(
+        ImageTask(network, chosen, augment=augment),
+        Numbers(len(train_rows)),
+        run,
+        settings=settings,
+        collate=batch,
+        validate=None if held_out is None else validate,
+        head=head,
+    )
+    trainer.go()
+    if is_first_process():
+        metrics = trainer.final_metrics()
+        _save(run, network, preprocessing, sizes, head, names)
+        write_card(
+            run.folder,
+            library="transformers",
+            base=base,
+            dims=sizes,
+            metrics=metrics,
+            measured_on="images that were not trained on",
+            trained_on=f"{len(train_rows):,} images of {len(names)} classes",
+            settings=settings.to_dict(),
+            usage=f"""```python
+import nestvec as nv
+
+vectors = nv.ImageEncoder("{run.folder.resolve().name}").encode(images)
+short = vectors.prefix({sizes[0]})   # cut, then normalised
+```""",
+        )
+        run.finish(metrics=metrics)
+    trainer.wait()
+    return Trained(run.folder, sizes, last_metrics(run), run.records())
+
+
+def _labels(images: Images) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return class numbers from 0 (n,) int64 and what they stand for."""
+    if images.labels is None:
+        raise DataError(
+            "the images have no labels, and training needs them: one folder a class, or a .npz "
+            "with labels."
+        )
+    found = np.asarray(images.labels)
+    if images.label_names is not None:
+        names = tuple(map(str, images.label_names))
+        numbers = found.astype(np.int64)
+    else:
+        values, numbers = np.unique(found, return_inverse=True)
+        names = tuple(map(str, values.tolist()))
+    wrong = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
+    if len(wrong):
+        raise DataError(
+            f"image {wrong[0]} has the label {found[wrong[0]]!r}; there are {len(names)} classes, "
+            f"0 to {len(names) - 1}."
+        )
+    if len(np.unique(numbers)) < 2:
+        raise DataError("every image has the same label; two classes are needed.")
+    return numbers, names
+
+
+def _split(
+    images: Images,
+    labels: np.ndarray,
+    names: tuple[str, ...],
+    validation: Images | None,
+    holdout: float | int,
+    seed: int,
+) -> tuple[np.ndarray, tuple[Images, np.ndarray, np.ndarray] | None]:
+    """Return the rows to train on, and (images, rows, labels) to validate on."""
+    every = np.arange(len(labels))
+    if validation is not None:
+        own, own_names = _labels(validation)
+        strange = [name for name in own_names if name not in names]
+        if strange:
+            raise DataError(f"validation has the class {strange[0]!r}, which training has not.")
+        place = np.array([names.index(name) for name in own_names])
+        return every, (validation, np.arange(len(own)), place[own])
+    if not 0 <= holdout < 1:
+        raise DataError(f"holdout {holdout!r} is not a share: 0 to below 1.")
+    n_held = int(holdout * len(labels))
+    if not n_held:
+        return every, None
+    order = np.random.default_rng(seed).permutation(every)
+    held = np.sort(order[:n_held])
+    return np.sort(order[n_held:]), (images, held, labels[held])
+
+
+def sizes_of(network: ImageNetwork, dims: Iterable[int] | str | None) -> tuple[int, ...]:
+    """Return the sizes to train: those asked for, or halving, and the full one."""
+    sizes = halving(network.dim, lowest=8) if dims is None else parse_dims(dims)
+    if max(sizes) > network.dim:
+        raise DimensionError(
+            f"size {max(sizes)} does not fit a network of dim {network.dim}; choose sizes up to "
+            f"{network.dim}."
+        )
+    return tuple(sorted({*sizes, network.dim}))
+
+
+def usable_network(
+    network: Any,
+    preprocessing: Preprocessing | None,
+    size: int | None,
+    images: Images,
+    rows: np.ndarray,
+) -> tuple[ImageNetwork, Preprocessing, str]:
+    """Return the network in training mode, what goes before it, and a name for it."""
+    if isinstance(network, (str, os.PathLike)) and str(network) not in ("resnet", "vit"):
+        loaded, own, _ = load_image_model(network)
+        return loaded.train(), preprocessing or own, Path(network).resolve().name
+    if preprocessing is None:
+        preprocessing = _measured(images, rows, size)
+    if isinstance(network, ImageNetwork):
+        return network, preprocessing, type(network.backbone).__name__
+    channels = preprocessing.n_channels
+    if network == "resnet":
+        return small_resnet(n_channels=channels), preprocessing, "a small ResNet, fresh weights"
+    if network == "vit":
+        made = small_vit(n_channels=channels, size=preprocessing.size)
+        return made, preprocessing, "a small ViT, fresh weights"
+    raise DataError(
+        f"network {network!r}: give 'resnet', 'vit', a model folder or an ImageNetwork."
+    )
+
+
+def _measured(images: Images, rows: np.ndarray, size: int | None) -> Preprocessing:
+    """Return the size and channels of the first image, with mean and deviation of about 1,000."""
+    some = rows[:: max(1, len(rows) // 1000)]
+    height, width, channels = as_pixels(images.images[some[0]]).shape
+    plain = Preprocessing(size or max(height, width), 1 if channels < 3 else 3, mean=0, std=1)
+    values = torch.cat([plain(pick(images, some[i : i + 100])) for i in range(0, len(some), 100)])
+    mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3)).clamp(min=1e-3)
+    return Preprocessing(plain.size, plain.n_channels, mean.tolist(), std.tolist())
+
+
+def image_hash(images: Images, rows: np.ndarray) -> str:
+    """Return a hash of pixels, or of the paths and times of files, and the labels."""
+    digest = hashlib.sha256(np.ascontiguousarray(np.asarray(images.labels)[rows]).tobytes())
+    if isinstance(images.images, np.ndarray):
+        digest.update(np.ascontiguousarray(images.images[rows]).data)
+    else:
+        for one in pick(images, rows):
+            if isinstance(one, (str, os.PathLike)):  # not opened: a large folder would take minutes
+                digest.update(f"{one} {Path(one).stat().st_mtime_ns}".encode())
+            else:
+                digest.update(np.ascontiguousarray(as_pixels(one)).data)
+    return digest.hexdigest()[:16]
+
+
+def pick(images: Images, rows: np.ndarray) -> Any:
+    if isinstance(images.images, np.ndarray):
+        return images.images[rows]
+    return [images.images[row] for row in rows]
+
+
+def embed_images(
+    network: ImageNetwork,
+    preprocessing: Preprocessing,
+    images: Images,
+    rows: np.ndarray,
+    batch_size: int,
+) -> Tensor:
+    """Return the vectors (n, dim) of some images, where the network is."""
+    device = next(network.parameters()).device
+    parts = [
+        network(preprocessing(pick(images, rows[i : i + batch_size])).to(device))
+        for i in range(0, len(rows), batch_size)
+    ]
+    return torch.cat(parts)
+
+
+def _save(
+    run: Run,
+    network: ImageNetwork,
+    preprocessing: Preprocessing,
+    dims: tuple[int, ...],
+    head: NestedClassifier | None,
+    names: tuple[str, ...],
+) -> None:
+    made = run.folder / "model"
+    save_image_model(made, network, preprocessing, dims)
+    for file in made.iterdir():
+        file.replace(run.folder / file.name)
+    made.rmdir()
+    if head is not None:
+        save_classifier(run.folder, head, names)

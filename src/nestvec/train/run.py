@@ -1,0 +1,144 @@
+"""One training in one folder: what was asked, how far it came, what is left of it.
+
+::
+
+    OUTPUT/training.json     what was asked, and "finished" once the model stands
+    OUTPUT/log.jsonl         a record a line: step, loss, learning rate, validation at every size
+    OUTPUT/checkpoints/      while it runs; the last two
+    OUTPUT/...               the model, written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nestvec._atomic import make_way, written_beside
+from nestvec.errors import StorageError, TrainingError
+from nestvec.train.settings import is_first_process
+
+ABOUT, LOG, CHECKPOINTS = "training.json", "log.jsonl", "checkpoints"
+_COMPLETE = "complete"  # in a checkpoint that was written to its end
+
+
+class Run:
+    """A folder that belongs to one training.
+
+    Parameters
+    ----------
+    folder
+        New, empty, or left by the same training.
+    asked
+        All that decides the result, as JSON: settings, sizes, hashes of model and data.
+    fresh
+        Forget an earlier training in ``folder``.
+
+    Raises
+    ------
+    TrainingError
+        If ``folder`` holds a training that was asked for something else; the message names what.
+    StorageError
+        If ``folder`` holds anything that no training made.
+    """
+
+    def __init__(self, folder: Path, asked: dict[str, Any], *, fresh: bool = False) -> None:
+        self.folder = folder
+        self.asked = json.loads(json.dumps(asked))
+        self.checkpoints = folder / CHECKPOINTS
+        about = folder / ABOUT
+        before: dict[str, Any] | None = None
+        if about.is_file():
+            try:
+                before = json.loads(about.read_text(encoding="utf-8"))
+                assert isinstance(before, dict)
+            except (ValueError, AssertionError) as error:
+                raise TrainingError(
+                    f"{about} is damaged. Remove {folder} to start anew, or name another folder."
+                ) from error
+        self.finished = False
+        if not is_first_process():
+            self.finished = before is not None and not fresh and before.get("finished", False)
+            return
+        if before is None:
+            make_way(about)
+            if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+                raise StorageError(
+                    f"cannot train into {folder}: it holds something that no training made. Name "
+                    f"another folder."
+                )
+        elif fresh:
+            shutil.rmtree(folder)
+        elif differ := _differences(before.get("asked", {}), self.asked):
+            raise TrainingError(
+                f"{folder} holds a training of another configuration: {'; '.join(differ)}. Ask for "
+                f"the same to go on with it, name another folder, or start anew with fresh=True."
+            )
+        else:
+            self.finished = bool(before.get("finished"))
+        if before is None or fresh:
+            self._write(finished=False)
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that was written to its end."""
+        found = [p.parent for p in self.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+    def mark_complete(self, step: int) -> None:
+        """Say that the checkpoint of a step is whole; one that a kill cut short lacks this."""
+        with written_beside(self.checkpoints / f"checkpoint-{step}" / _COMPLETE) as scratch:
+            scratch.touch()
+
+    def drop_torn(self) -> None:
+        """Remove checkpoints that a kill cut short."""
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if not (folder / _COMPLETE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def keep_log_until(self, step: int) -> None:
+        """Drop log records of steps that will be done again."""
+        path = self.folder / LOG
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            with written_beside(path) as scratch:
+                scratch.write_text("".join(f"{line}\n" for line in kept))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to the log."""
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the log."""
+        path = self.folder / LOG
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
+
+    def finish(self, **found: Any) -> None:
+        """Say that the model stands, and remove the checkpoints."""
+        self._write(finished=True, **found)
+        self.finished = True
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def _write(self, **found: Any) -> None:
+        with written_beside(self.folder / ABOUT) as scratch:
+            text = json.dumps({"asked": self.asked, **found}, indent=2)
+            scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
+    found = []
+    for key in sorted({*before, *now}):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{at}{key}.")
+        elif a != b:
+            found.append(f"{at}{key} was {a!r}, now {b!r}")
+    return found
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+        return 1 << 62

@@ -1,0 +1,64 @@
+"""Our objectives inside sentence-transformers' own Trainer: one loss class, nothing patched.
+
+::
+
+    loss = SentenceTransformerLoss(model, NestedLoss(InfoNCE(), dims))
+    SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss).train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nestvec.train.chunked import encode_in_chunks
+from nestvec.train.distributed import gathered
+
+
+class SentenceTransformerLoss(nn.Module):
+    """Call an objective on the embeddings of every text column, then the labels if there are any.
+
+    Parameters
+    ----------
+    model
+        The ``SentenceTransformer``.
+    objective
+        ``objective(column, column, ..., [labels])``: `NestedLoss` over anything, for instance.
+    chunk_size
+        Texts that are in memory together (`nestvec.train.encode_in_chunks`); None takes the batch.
+
+    Notes
+    -----
+    Under ``torchrun`` the rows of all processes are gathered first, so a batch shared by several
+    processes has the negatives and the gradients of the same batch in one.
+    """
+
+    def __init__(
+        self, model: Any, objective: Callable[..., Tensor], *, chunk_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> Tensor:
+        rows = [gathered(self._rows(features)).float() for features in sentence_features]
+        with torch.autocast(rows[0].device.type, enabled=False):  # a score needs its digits
+            return self.objective(*rows, *([] if labels is None else [gathered(labels)]))
+
+    def _rows(self, features: dict[str, Tensor]) -> Tensor:
+        if self.chunk_size is None:
+            return self._encode(features)
+        return encode_in_chunks(self._encode, features, self.chunk_size)
+
+    def _encode(self, features: Any) -> Tensor:
+        return self.model(dict(features))["sentence_embedding"]
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return what sentence-transformers' model card shows."""
+        return {"objective": type(self.objective).__name__, "chunk_size": self.chunk_size}

@@ -1,0 +1,146 @@
+"""How to train: what every trainer of nestvec takes, in the words of `transformers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nestvec.errors import DataError
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a training.
+
+    Parameters
+    ----------
+    epochs
+        Passes over the data; ``max_steps`` > 0 overrules it.
+    batch_size
+        Rows in a step, over all processes together: the same number trains the same way under
+        ``torchrun``. Rows that do not fill a last batch wait for the next epoch's order.
+    chunk_size
+        Rows that are in memory together; None takes the batch. A large batch in the memory of a
+        small one, at the price of a second forward pass (GradCache, arXiv:2101.06983).
+    learning_rate, weight_decay, warmup, schedule
+        Of AdamW: peak rate, decay, share of the steps in which the rate rises, and how it falls
+        (``"linear"``, ``"cosine"``, ``"constant"``; any of transformers').
+    head_learning_rate
+        Of classifiers, which start from nothing; None takes ``learning_rate``.
+    max_grad_norm
+        Length at which gradients are clipped.
+    precision
+        ``"auto"`` takes bfloat16 on an accelerator that has it and float32 elsewhere; or one of
+        ``"float32"``, ``"bfloat16"``, ``"float16"``. Weights stay float32 (mixed precision).
+    seed
+        Of everything that is drawn.
+    save_every, validate_every, log_every
+        Steps between checkpoints, validations, log records; below 1 a share of all steps.
+    workers
+        Processes that prepare batches; 0 does it in this one.
+    log_to
+        Further loggers by transformers' names: ``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ...
+        ``log.jsonl`` in the output folder is always written.
+    """
+
+    epochs: float | int = 1
+    max_steps: int = -1
+    batch_size: int = 64
+    chunk_size: int | None = None
+    learning_rate: float | int = 5e-5
+    head_learning_rate: float | int | None = None
+    weight_decay: float | int = 0.0
+    warmup: float | int = 0.1
+    schedule: str = "linear"
+    max_grad_norm: float | int = 1.0
+    precision: str = "auto"
+    seed: int = 0
+    save_every: float | int = 0.1
+    validate_every: float | int = 0.2
+    log_every: float | int = 0.02
+    workers: int = 0
+    log_to: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise DataError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}.")
+        wrong = [
+            (name, value)
+            for name in ("batch_size", "chunk_size", "learning_rate", "epochs", "save_every")
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]
+        if wrong and not (wrong == [("epochs", self.epochs)] and self.max_steps > 0):
+            name, value = wrong[0]
+            raise DataError(f"{name} {value!r} must be above 0.")
+        if self.batch_size % n_processes():
+            raise DataError(
+                f"batch_size {self.batch_size} cannot be shared by {n_processes()} processes; give "
+                f"a multiple."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the result; not where it is logged, nor how often."""
+        beside = {"save_every", "validate_every", "log_every", "log_to", "workers"}
+        return {key: value for key, value in asdict(self).items() if key not in beside}
+
+    @property
+    def head_rate(self) -> float:
+        """The learning rate of heads that start from nothing."""
+        return float(self.head_learning_rate or self.learning_rate)
+
+    def arguments(self, folder: Path, *, n_rows: int, kind: type[Any], **more: Any) -> Any:
+        """Return these settings as transformers' TrainingArguments (or a subclass, ``kind``)."""
+        on_gpu = torch.cuda.is_available()
+        precision = self.precision
+        if precision == "auto":
+            precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        made = kind(
+            output_dir=str(folder),
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps,
+            per_device_train_batch_size=max(1, min(self.batch_size, n_rows) // n_processes()),
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup,
+            lr_scheduler_type=self.schedule,
+            max_grad_norm=self.max_grad_norm,
+            bf16=precision == "bfloat16",
+            fp16=precision == "float16",
+            use_cpu=not on_gpu and not torch.backends.mps.is_available(),
+            ddp_backend="gloo" if n_processes() > 1 and not on_gpu else None,
+            ddp_find_unused_parameters=False,
+            seed=self.seed,
+            data_seed=self.seed,
+            save_strategy="steps",
+            save_steps=self.save_every,
+            save_total_limit=2,
+            logging_strategy="steps",
+            logging_steps=self.log_every,
+            logging_nan_inf_filter=False,  # a loss that is no number stops the run here
+            report_to=list(self.log_to) or "none",
+            disable_tqdm=True,  # progress is ours: stderr, and plain lines where there is no bar
+            remove_unused_columns=False,
+            dataloader_drop_last=True,
+            dataloader_num_workers=self.workers,
+            dataloader_pin_memory=on_gpu,
+            **more,
+        )
+        made._n_gpu = min(made.n_gpu, 1)  # several GPUs: torchrun; DataParallel splits batches
+        return made
+
+
+def n_processes() -> int:
+    """Return how many processes ``torchrun`` started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
