@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -35,6 +36,13 @@ Column = Annotated[
     str | None,
     typer.Option(
         help="Column (CSV, Parquet) or key (JSONL) that holds the text.", show_default=False
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column or key of the labels, where they are in a table; by default label.",
+        show_default=False,
     ),
 ]
 Dims = Annotated[
@@ -105,6 +113,32 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read {path}: {error}.") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_labels(path: Path, column: str | None = None) -> list[str]:
+    """Read a label a line or, of a table (.jsonl, .csv, .parquet, ...), those of one column."""
+    from nestvec.corpus._tables import is_table, rows_of
+
+    if not is_table(path):
+        if column is not None:
+            fail(f"--label-column {column} is for tables, and {path} is read line by line.")
+        return read_lines(path)
+    name, labels = column or "label", []
+    try:
+        for number, row in enumerate(rows_of(path), 1):
+            if name not in row:
+                fail(
+                    f"{path}: row {number} has no {name!r}, only {', '.join(map(repr, row))}. Name "
+                    f"the column with --label-column."
+                )
+            if row[name] in (None, ""):
+                fail(f"{path}: row {number} has no label in {name!r}.")
+            labels.append(str(row[name]))
+    except NestvecError as error:
+        raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
+    except (ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+        fail(f"cannot read {path}: {str(error).splitlines()[0]}")
+    return labels
 
 
 def describe(space: Space) -> dict[str, Any]:

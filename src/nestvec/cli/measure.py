@@ -10,12 +10,14 @@ import typer
 from nestvec.cli._common import (
     Dims,
     Json,
+    LabelColumn,
     ModelName,
     command,
     fail,
     note,
     out,
     print_json,
+    read_labels,
     read_lines,
 )
 from nestvec.space import Embeddings
@@ -53,14 +55,19 @@ def measure(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Classification: a label a line, for VECTORS.", show_default=False),
+        typer.Option(
+            help="Classification: labels of VECTORS, one a line or a table (.jsonl, .csv, ...).",
+            show_default=False,
+        ),
     ] = None,
     test: Annotated[
         Path | None, typer.Option(help="Classification: test vectors.", show_default=False)
     ] = None,
     test_labels: Annotated[
-        Path | None, typer.Option(help="Classification: a label a line.", show_default=False)
+        Path | None,
+        typer.Option(help="Classification: labels of the test vectors.", show_default=False),
     ] = None,
+    label_column: LabelColumn = None,
     second: Annotated[
         Path | None, typer.Option(help="STS: the other side of each pair.", show_default=False)
     ] = None,
@@ -117,8 +124,8 @@ def measure(
     if output is not None and output.suffix not in (".json", ".csv"):
         fail(f"cannot write rows to {output}: choose a name that ends in .json or .csv.")
     task, texts, name = _task(
-        vectors, queries, qrels, labels, test, test_labels, second, scores, model, split, work,
-        model_name,
+        vectors, queries, qrels, labels, test, test_labels, label_column, second, scores, model,
+        split, work, model_name,
     )  # fmt: skip
     from nestvec.measurement import measure as run
 
@@ -155,6 +162,7 @@ def _task(
     labels: Path | None,
     test: Path | None,
     test_labels: Path | None,
+    label_column: str | None,
     second: Path | None,
     scores: Path | None,
     model: str | None,
@@ -195,8 +203,8 @@ def _task(
 
         return m.RetrievalTask(docs, load(queries), read_qrels(qrels)), None, name
     if labels is not None and test_labels is not None:
-        task = m.ClassificationTask(docs, read_lines(labels), load(test), read_lines(test_labels))
-        return task, None, name
+        train, truth = (read_labels(path, label_column) for path in (labels, test_labels))
+        return m.ClassificationTask(docs, train, load(test), truth), None, name
     if second is not None and scores is not None:
         return m.STSTask(docs, load(second), _numbers(scores)), None, name
     return m.LabelFreeTask(docs), None, name
