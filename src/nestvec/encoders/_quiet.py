@@ -7,15 +7,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+_LOGGERS = (
+    "sentence_transformers",
+    "huggingface_hub",
+    "torch.onnx._internal.exporter._registration",  # torch sets the level of those above it anew
+)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers, sentence-transformers and the hub quiet, then as they were."""
+    """Keep transformers, sentence-transformers, the hub and the ONNX exporter quiet."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(n) for n in ("sentence_transformers", "huggingface_hub")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
