@@ -111,14 +111,14 @@ def check_channels(given: int, n_channels: int, *, name: str = "image") -> None:
         )
 
 
-def resized(pixels: NDArray[np.uint8], size: tuple[int, int], resample: str) -> NDArray[np.uint8]:
-    """Return pixels (h, w, c) stretched to ``size`` (height, width); as given if they fit."""
-    if pixels.shape[:2] == size:
+def squared(pixels: NDArray[np.uint8], side: int, resample: str) -> NDArray[np.uint8]:
+    """Return pixels (h, w, c) stretched to (side, side, c) by PIL; as given if they fit."""
+    if pixels.shape[:2] == (side, side):
         return pixels
     pil = _pil("resizing images")
     how = pil.Resampling[resample.upper()]
     parts = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
-    done = [np.asarray(pil.fromarray(part).resize(size[::-1], how)) for part in parts]
+    done = [np.asarray(pil.fromarray(part).resize((side, side), how)) for part in parts]
     return done[0] if pixels.shape[2] == 3 else np.stack(done, axis=2)
 
 
@@ -194,7 +194,7 @@ def _of_pil(image: Any, name: str) -> NDArray[np.uint8]:
         raise DataError(f"{name}: an image of size {image.size} has no pixels.")
     if image.mode in _GREY:
         return np.asarray(image.convert("L"))[:, :, None]
-    if "transparency" in image.info:
+    if "transparency" in image.info:  # PIL warns of a palette that has it
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 

@@ -113,6 +113,14 @@ def test_every_mode_of_pil_with_8_bits_is_read(rng, mode):
     np.testing.assert_array_equal(with_channels(as_pixels(image), 3), want)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_palette_with_transparency_is_read_without_a_warning(rng, tmp_path):
+    image = pil.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    want = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(as_pixels(tmp_path / "a.png"), want)
+
+
 def test_a_photo_is_turned_as_its_exif_says(tmp_path, rng):
     upright = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
     exif = pil.Exif()

@@ -14,7 +14,7 @@ import numpy as np
 
 from nestvec._atomic import written_beside
 from nestvec._extras import require
-from nestvec._pixels import all_pixels, name_of, resized, with_channels
+from nestvec._pixels import all_pixels, squared, with_channels
 from nestvec.encoders._quiet import quiet
 from nestvec.errors import DataError, DimensionError, ModelError, StorageError
 from nestvec.space import parse_dims
@@ -87,25 +87,17 @@ class Preprocessing:
         (h, w, c), PIL images or paths. Values are uint8, or whole numbers in 0..255. Raises
         `DataError` for values or channels that do not fit, `FileFormatError` for a damaged file.
         """
-        square = (self.size, self.size)
         pixels = all_pixels(images)
         if not len(pixels):
             raise DataError("images: empty; at least one image is needed.")
-        if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == square:
+        if isinstance(pixels, np.ndarray) and pixels.shape[1:3] == (self.size, self.size):
             batch = with_channels(pixels, self.n_channels, name="images")
         else:
-            batch = np.stack(
-                [
-                    resized(
-                        with_channels(
-                            one, self.n_channels, name=name_of(images[row], f"row {row}")
-                        ),
-                        square,
-                        self.resample,
-                    )
-                    for row, one in enumerate(pixels)
-                ]
-            )
+            channels = [
+                with_channels(one, self.n_channels, name=f"images: row {row}")
+                for row, one in enumerate(pixels)
+            ]
+            batch = np.stack([squared(one, self.size, self.resample) for one in channels])
         values = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).float() / 255
         mean, std = (torch.tensor(self._tuple(n)).view(-1, 1, 1) for n in ("mean", "std"))
         return (values - mean) / std
@@ -172,7 +164,10 @@ class Preprocessing:
 
 
 class ImageNetwork(nn.Module):
-    """A backbone whose output is one row an image.
+    """A backbone whose output is one row an image: ``forward(pixel_values)`` returns (n, dim).
+
+    ``nesting_dims`` are the sizes it was trained at, () if that is not known; `load_image_model`
+    sets them.
 
     Parameters
     ----------
@@ -182,9 +177,6 @@ class ImageNetwork(nn.Module):
         pixel values (n, channels, height, width) and returns (n, dim).
     dim
         Size of a row. Of a model of transformers it is found out; of your own module say it.
-
-    ``forward(pixel_values)`` returns (n, dim). ``nesting_dims`` are the sizes it was trained at, ()
-    if that is not known; `load_image_model` sets them.
     """
 
     def __init__(self, backbone: nn.Module, *, dim: int | None = None) -> None:
