@@ -157,9 +157,9 @@ def _damage_told(name: str) -> Iterator[None]:
         raise
     except pil.UnidentifiedImageError as error:
         raise FileFormatError(f"{name} is not an image that Pillow reads.") from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise StorageError(f"cannot read {name}: {error.strerror}.") from error
     except Exception as error:  # of a damaged file each decoder raises what it likes
+        if isinstance(error, OSError) and error.errno is not None:  # the file system
+            raise StorageError(f"cannot read {name}: {error.strerror}.") from error
         reason = (str(error).split("\n")[0] or type(error).__name__).rstrip(".")
         raise FileFormatError(
             f"cannot read the image {name}: {reason}; it is truncated or damaged."

@@ -281,6 +281,7 @@ SMALL = np.zeros((16, 16, 3), np.uint8)
         ([SMALL, pil.new("I;16", (9, 9))], "row 1: a PIL image of mode 'I;16' .*uint8"),
         ([SMALL, None], "row 1"),
         (["nothing.png"], "cannot read nothing.png"),
+        (["a text" * 99], "cannot read a text.*name too long"),
     ],
 )
 def test_bad_images_are_refused_before_the_network_runs(folder, images, words, monkeypatch):
@@ -423,6 +424,11 @@ def test_encode_takes_an_image_folder_and_a_network(folder, encoder, pictures):
         got = nv.encode(pictures, model=model, **settings)
         got.space.check_same(want.space)
         np.testing.assert_allclose(got.array, want.array, atol=1e-6)
+
+
+def test_text_is_refused_by_an_image_model(folder):
+    with pytest.raises(ModelError, match="holds an image model, which reads no text"):
+        nv.TextEncoder(folder)
 
 
 def run(*words, code=0):

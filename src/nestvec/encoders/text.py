@@ -15,6 +15,7 @@ from nestvec.encoders import bundled
 from nestvec.encoders._quiet import quiet
 from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.encoders.fingerprint import fingerprint
+from nestvec.encoders.image import is_image_model
 from nestvec.errors import ModelError
 from nestvec.space import Space, known_dims
 from nestvec.space.nesting import dims_from_config
@@ -167,6 +168,11 @@ def _load_folder(folder: Path, **options: Any) -> Any:
         raise ModelError(
             f"{folder} is not a model folder: it has neither modules.json nor config.json. "
             f"Give a folder that sentence-transformers or transformers saved, or a hub id."
+        )
+    if is_image_model(folder):
+        raise ModelError(
+            f"{folder} holds an image model, which reads no text. Embed images with it "
+            f"(nestvec.ImageEncoder), and search with vectors of images."
         )
     load = _loader()
     try:
