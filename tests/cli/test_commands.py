@@ -88,7 +88,9 @@ def asks(model, beir, docs) -> Path:
     return docs.with_name("asks.npz")
 
 
-@pytest.mark.parametrize("name", ["embed", "fit", "transform", "measure", "search", "export", "demo"])
+@pytest.mark.parametrize(
+    "name", ["embed", "fit", "transform", "measure", "search", "export", "demo"]
+)
 def test_help_shows_examples(name):
     assert f"nestvec {name} " in run(name, "--help").output.partition("Examples:")[2]
 

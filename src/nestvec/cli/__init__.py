@@ -41,6 +41,8 @@ for _name in ("demo", "embed", "fit", "transform", "measure", "search", "export"
     _module = importlib.import_module(f"nestvec.cli.{_name}")
     app.command(name=_name, epilog=_module.EPILOG)(getattr(_module, _name))
 
+app.add_typer(importlib.import_module("nestvec.cli.train").app, name="train")
+
 
 def main() -> None:
     """Run the command line."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._pixels import EncodedImage, as_pixel_batch, as_pixels, check_channels, opened
 from nestvec.encoders.base import Encoder, Items, Role, id_of
 from nestvec.encoders.fingerprint import image_fingerprint
+from nestvec.encoders.shared_space import shared
 from nestvec.errors import DataError, ModelError
 from nestvec.space import Space
 
@@ -84,6 +85,7 @@ class ImageEncoder(Encoder):
             )
         self.network: ImageNetwork = network if device is None else network.to(device)
         self.preprocessing: Any = preprocessing or own
+        self._folder = None if self._borrowed else Path(os.fspath(cast(str, model)))
         self.normalise = normalise
         self.batch_size = batch_size
         self._space = self._describe()
@@ -99,7 +101,7 @@ class ImageEncoder(Encoder):
 
     def _describe(self) -> Space:
         return Space(
-            fingerprint=image_fingerprint(self.network, self.preprocessing),
+            fingerprint=shared(self._folder, image_fingerprint(self.network, self.preprocessing)),
             dim=self.network.dim,
             normalisation="l2" if self.normalise else "none",
             model=self._name,

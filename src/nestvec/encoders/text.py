@@ -16,6 +16,7 @@ from nestvec.encoders._quiet import quiet
 from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.encoders.image import is_image_model
+from nestvec.encoders.shared_space import shared
 from nestvec.errors import ModelError
 from nestvec.space import Space, known_dims
 from nestvec.space.nesting import dims_from_config
@@ -122,7 +123,7 @@ class TextEncoder(Encoder):
         unit = self.normalise or type(self.model[-1]).__name__ == "Normalize"
         similarity = str(getattr(self.model, "similarity_fn_name", "") or "")
         return Space(
-            fingerprint=fingerprint(self.model),
+            fingerprint=shared(self._folder, fingerprint(self.model)),
             dim=self._dim,
             document_prompt=self.prompts["document"],
             query_prompt=self.prompts["query"],

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,13 @@ class SentenceTransformerLoss(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(
-        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+        self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
         rows = [gathered(self._rows(features)).float() for features in sentence_features]
         with torch.autocast(rows[0].device.type, enabled=False):  # a score needs its digits
             return self.objective(*rows, *([] if labels is None else [gathered(labels)]))
 
-    def _rows(self, features: dict[str, Tensor]) -> Tensor:
+    def _rows(self, features: Mapping[str, Any]) -> Tensor:
         if self.chunk_size is None:
             return self._encode(features)
         return encode_in_chunks(self._encode, features, self.chunk_size)

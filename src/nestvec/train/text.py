@@ -144,6 +144,7 @@ def train_text(
         return Trained(run.folder, sizes, last_metrics(run), run.records())
     torch.manual_seed(settings.seed)  # of heads that are made here
     _freeze(model, freeze_layers)
+    _freeze_unused(model, examples.texts[0][0])
     made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
     chosen = made if objective is None else objective
     head = head if objective is None else None
@@ -228,6 +229,20 @@ def _freeze(model: Any, n_layers: int) -> None:
     for module in [getattr(transformer, "embeddings", None), *layers[:n_layers]]:
         if module is not None:
             module.requires_grad_(False)
+
+
+def _freeze_unused(model: Any, text: str) -> None:
+    """Freeze what no vector depends on, like BERT's pooler; several processes would wait for it."""
+    features = {
+        k: v.to(model.device) if isinstance(v, Tensor) else v
+        for k, v in model.preprocess([text]).items()
+    }
+    with torch.enable_grad():
+        model(features)["sentence_embedding"].sum().backward()
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
 
 
 def _objective(
