@@ -68,7 +68,7 @@ def test_a_quote_in_a_tsv_is_a_character(tmp_path):
     path.write_text('sent1\tsent2\tscore\n"Lift, he said\tdrag"\t1\nb\tc\t2\n')
     found = read_examples(path)
     assert found.texts == (['"Lift, he said', "b"], ['drag"', "c"])
-    np.testing.assert_array_equal(found.targets, np.float32([1, 2]))
+    np.testing.assert_array_equal(found.targets, [1.0, 2.0])
 
 
 def test_judgements_become_pairs(data):
@@ -105,8 +105,8 @@ def test_a_bad_row_is_named(tmp_path, rows, message):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(StorageError, match=r"no such file"):
         read_examples(tmp_path / "none.jsonl")
+    (tmp_path / "x.txt").write_text("a")
     with pytest.raises(FileFormatError, match=r"give a table"):
-        (tmp_path / "x.txt").write_text("a")
         read_examples(tmp_path / "x.txt")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"anchor": "a"}\n' * 999)[:40])
     with pytest.raises(FileFormatError, match=r"truncated or damaged"):

@@ -1,4 +1,4 @@
-"""A text model is trained to be nested: as its losses say, resumed exactly, and loadable anywhere."""
+"""A text model is trained to be nested: as its loss says, resumed exactly, loadable anywhere."""
 
 import json
 import os
@@ -63,8 +63,8 @@ def sentences(n, seed=0):
 
 def pairs(n=96):
     """A sentence and its translation, word by word: nothing that is known without training."""
-    words = tiny_model.WORDS
-    other = dict(zip(words, np.random.default_rng(7).permutation(words), strict=True))
+    words: list[str] = list(tiny_model.WORDS)
+    other = dict(zip(words, np.random.default_rng(7).permutation(words).tolist(), strict=True))
     first = sentences(n)
     return Examples("pairs", (first, [" ".join(other[w] for w in text.split()) for text in first]))
 
@@ -301,7 +301,7 @@ def test_bad_questions_are_answered_before_the_work(model, tmp_path):
             str(model),
             pairs(),
             out,
-            validation=Examples("scored", (["a"], ["b"]), np.float32([1])),
+            validation=Examples("scored", (["a"], ["b"]), np.array([1.0])),
         )
     with pytest.raises(DataError, match=r"batch_size 0"):
         Settings(batch_size=0)
