@@ -1,13 +1,15 @@
-"""What to embed and measure on: BEIR folders, the user's own files, images, docstrings."""
+"""What to embed, measure and train on: BEIR folders, own files, images, docstrings."""
 
 from nestvec.corpus.beir import read_beir, read_beir_texts, read_qrels
 from nestvec.corpus.docstrings import docstrings
+from nestvec.corpus.examples import Examples, read_examples
 from nestvec.corpus.images import Images, read_images
 from nestvec.corpus.own_text import read_texts
 from nestvec.corpus.passages import passages, summary_queries
 from nestvec.corpus.retrieval_set import Qrels, RetrievalSet, Texts, check_qrels
 
 __all__ = [
+    "Examples",
     "Images",
     "Qrels",
     "RetrievalSet",
@@ -17,6 +19,7 @@ __all__ = [
     "passages",
     "read_beir",
     "read_beir_texts",
+    "read_examples",
     "read_images",
     "read_qrels",
     "read_texts",

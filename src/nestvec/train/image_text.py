@@ -35,7 +35,7 @@ from nestvec.train.text import loaded_text_model
 from nestvec.train.trainer import ModuleTrainer
 from nestvec.train.validation import pair_accuracy
 
-require("sentence_transformers", extra="text", why="training a dual encoder")
+require("sentence_transformers", extra="train", why="training a dual encoder")
 
 from sentence_transformers import SentenceTransformer  # noqa: E402  # behind the check above
 from sentence_transformers.sentence_transformer import modules  # noqa: E402  # likewise

@@ -29,9 +29,8 @@ from nestvec.train.settings import Settings, is_first_process
 from nestvec.train.trainer import Careful
 from nestvec.train.validation import Validate, label_accuracy, pair_accuracy, rank_correlation
 
-require("sentence_transformers", extra="text", why="training text models")
-require("accelerate", extra="text", why="training text models")
-require("datasets", extra="text", why="training text models")
+for _module in ("sentence_transformers", "accelerate", "datasets"):
+    require(_module, extra="train", why="training text models")
 
 from datasets import Dataset  # noqa: E402  # behind the checks above
 from sentence_transformers import (  # noqa: E402  # likewise

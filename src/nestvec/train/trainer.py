@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from nestvec._extras import require
 from nestvec._progress import progress
 from nestvec.encoders._quiet import quiet
 from nestvec.errors import TrainingError
 from nestvec.train.run import Run
 from nestvec.train.settings import Settings, is_first_process, n_processes
 from nestvec.train.validation import Validate
+
+for _module in ("transformers", "accelerate"):
+    require(_module, extra="train", why="training")
+
+from transformers import (  # noqa: E402  # behind the checks above
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 class Careful:
