@@ -31,7 +31,6 @@ from nestvec.train.run import Run
 from nestvec.train.settings import Settings
 from nestvec.train.trainer import ModuleTrainer
 
-TRAINS = ("objectives", "heads", "ranking", "chunked", "sentence_transformer", "masked_lm")
 Arrays = dict[str, np.ndarray]
 
 
@@ -49,11 +48,16 @@ def code_hash(*files: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-CODE = code_hash(*(_frame.ROOT / f"src/nestvec/train/{name}.py" for name in TRAINS))
+def trained_by(*modules: str) -> str:
+    """Hash the modules of nestvec.train that decide what a run learns."""
+    return code_hash(*(_frame.ROOT / f"src/nestvec/train/{name}.py" for name in modules))
+
+
+CLASSIFIES = trained_by("objectives", "heads")
 
 
 def kept(
-    name: str, recipe: Mapping[str, Any], make: Callable[[Path], Arrays], *, code: str = CODE
+    name: str, recipe: Mapping[str, Any], make: Callable[[Path], Arrays], *, code: str = CLASSIFIES
 ) -> Arrays:
     """Return what ``make(folder)`` returned for this recipe, now or in an earlier run.
 

@@ -280,11 +280,13 @@ def scored(dataset: str, method: str, seed: int) -> dict[tuple[int, str], np.nda
 
 
 def classification(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
-    methods = [m for m in METHODS if m != "nested_dropout"]
+    left_out = {"nested_dropout", *(["slimmable"] if dataset == "cifar10" else [])}
+    methods = [method for method in METHODS if method not in left_out]
+    table = [method for method in SCORED if method not in left_out]
     _training.side_by_side([partial(trained, dataset, m, s) for s in seeds for m in methods])
-    _training.side_by_side([partial(scored, dataset, m, s) for s in seeds for m in SCORED])
+    _training.side_by_side([partial(scored, dataset, m, s) for s in seeds for m in table])
     return _training.table(
-        dataset, seeds, SCORED, scored, kinds=KIND, trained_dims=DIMS, separate=SEPARATE
+        dataset, seeds, table, scored, kinds=KIND, trained_dims=DIMS, separate=SEPARATE
     )
 
 
@@ -467,7 +469,7 @@ def dual(dims: tuple[int, ...], seed: int) -> _training.Arrays:
         pictures = encoder.encode(data("cifar10")["test"][0])
         return {"images": pictures.array, "captions": texts.array}
 
-    return _training.kept(NAME, recipe, make)
+    return _training.kept(NAME, recipe, make, code=_training.trained_by("objectives", "image_text"))
 
 
 def caption_rows(seed: int) -> list[dict[str, Any]]:

@@ -263,12 +263,12 @@ def classification(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
     hidden(dataset, "train"), hidden(dataset, "test")
     if dataset == "clinc150":
         hidden(dataset, "dev")
-    jobs = [(dataset, method, seed) for seed in seeds for method in METHODS]
-    _training.side_by_side([partial(classified, *job) for job in jobs])
-    jobs = [(dataset, method, seed) for seed in seeds for method in SCORED]
-    _training.side_by_side([partial(scored, *job) for job in jobs])
+    methods = METHODS if dataset == "clinc150" else [m for m in METHODS if m != "slimmable"]
+    table = [method for method in SCORED if method in methods or method not in METHODS]
+    _training.side_by_side([partial(classified, dataset, m, s) for s in seeds for m in methods])
+    _training.side_by_side([partial(scored, dataset, m, s) for s in seeds for m in table])
     rows = _training.table(
-        dataset, seeds, SCORED, scored, kinds=KIND, trained_dims=DIMS, separate=SEPARATE
+        dataset, seeds, table, scored, kinds=KIND, trained_dims=DIMS, separate=SEPARATE
     )
     if dataset == "clinc150":
         _, held_labels = hidden(dataset, "dev")
@@ -412,7 +412,8 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
             theirs(encoder, first, second, folder, settings, cached=method.endswith("cached"))
         return {**vectors_of(encoder), "seconds": np.float64(time.perf_counter() - started)}
 
-    return _training.kept(NAME, recipe, make)
+    modules = ("objectives", "chunked", "sentence_transformer") if "ours" in method else ()
+    return _training.kept(NAME, recipe, make, code=_training.trained_by(*modules))
 
 
 def theirs(
@@ -663,7 +664,8 @@ def language_model(dims: tuple[int, ...], seed: int) -> _training.Arrays:
             **{str(d): np.concatenate(parts) for d, parts in right.items()},
         }
 
-    return _training.kept(NAME, recipe, make)
+    code = _training.trained_by("objectives", "masked_lm")
+    return _training.kept(NAME, recipe, make, code=code)
 
 
 def masked_lm(seed: int) -> list[dict[str, Any]]:
