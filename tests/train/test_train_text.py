@@ -307,16 +307,48 @@ def test_bad_questions_are_answered_before_the_work(model, tmp_path):
         Settings(batch_size=0)
     with pytest.raises(DataError, match=r"precision 'int4' is not one of"):
         Settings(precision="int4")
+    with pytest.raises(DataError, match=r"log_to 'paper' is not one of"):
+        train_text(str(model), pairs(), out, settings=Settings(log_to=("paper",)))
+    if not torch.cuda.is_available():
+        with pytest.raises(DataError, match=r"float16 needs an accelerator"):
+            train_text(str(model), pairs(), out, settings=Settings(precision="float16"))
+    assert not out.exists()
 
 
 def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path):
     run = Run(tmp_path / "x", {"a": 1})
-    for step in (2, 4):
-        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
-    run.mark_complete(2)
+    for step in (2, 4, 6):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(100))
+        if step < 6:  # a kill came before the end of the third
+            run.mark_complete(step)
+    (run.checkpoints / "checkpoint-4/model.safetensors").write_bytes(bytes(50))
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-2"
     run.drop_torn()
     assert [p.name for p in run.checkpoints.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(model, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    settings = Settings(**QUICK, save_every=4)
+    try:
+        with pytest.raises(StorageError, match=r"no space left.*goes on from .*checkpoint-\d"):
+            train_text(str(model), pairs(), small / "x", settings=settings)
+        kept = list((small / "x/checkpoints").iterdir())
+        assert kept
+        assert all((folder / "complete").exists() for folder in kept)
+        subprocess.run(["mount", "-o", "remount,size=9m", str(small)], check=True)
+        done = train_text(str(model), pairs(), small / "x", settings=settings)
+        whole = train_text(str(model), pairs(), tmp_path / "whole", settings=settings)
+        assert_same_weights(weights_of(done.folder), weights_of(whole.folder))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)  # torch holds a torn file
 
 
 def test_a_damaged_run_says_what_to_do(tmp_path):

@@ -214,6 +214,7 @@ def train_image(
         If the images, labels, sizes, network or folder do not fit.
     """
     settings = settings or Settings(learning_rate=1e-3, epochs=20)
+    settings.check()
     if objective not in OBJECTIVES:
         raise DataError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
     labels, names = _labels(images)

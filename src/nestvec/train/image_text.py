@@ -134,6 +134,7 @@ def train_image_text(
         As `train_image` raises them.
     """
     settings = settings or Settings(learning_rate=1e-3, epochs=10, batch_size=128)
+    settings.check()
     captions = [str(caption).strip() for caption in captions]
     if len(captions) != len(images):
         raise DataError(f"{len(captions)} captions for {len(images)} images; one each is needed.")

@@ -68,8 +68,9 @@ class Run:
                     f"cannot train into {folder}: it holds something that no training made. Name "
                     f"another folder."
                 )
-        elif fresh:
-            shutil.rmtree(folder)
+        elif fresh or not (before.get("finished") or self.last_checkpoint()):
+            shutil.rmtree(folder)  # without a checkpoint there is nothing in it to lose
+            before = None
         elif differ := _differences(before.get("asked", {}), self.asked):
             raise TrainingError(
                 f"{folder} holds a training of another configuration: {'; '.join(differ)}. Ask for "
@@ -77,23 +78,25 @@ class Run:
             )
         else:
             self.finished = bool(before.get("finished"))
-        if before is None or fresh:
+        if before is None:
             self._write(finished=False)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that was written to its end."""
-        found = [p.parent for p in self.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+        """Return the newest checkpoint that is whole."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if _is_whole(p)]
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
     def mark_complete(self, step: int) -> None:
-        """Say that the checkpoint of a step is whole; one that a kill cut short lacks this."""
-        with written_beside(self.checkpoints / f"checkpoint-{step}" / _COMPLETE) as scratch:
-            scratch.touch()
+        """Say that the checkpoint of a step was written to its end, and how long its files are."""
+        folder = self.checkpoints / f"checkpoint-{step}"
+        sizes = _sizes(folder)
+        with written_beside(folder / _COMPLETE) as scratch:
+            scratch.write_text(json.dumps(sizes))
 
     def drop_torn(self) -> None:
-        """Remove checkpoints that a kill cut short."""
+        """Remove checkpoints that a kill or a full disk cut short."""
         for folder in self.checkpoints.glob("checkpoint-*"):
-            if not (folder / _COMPLETE).exists():
+            if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def keep_log_until(self, step: int) -> None:
@@ -124,6 +127,19 @@ class Run:
         with written_beside(self.folder / ABOUT) as scratch:
             text = json.dumps({"asked": self.asked, **found}, indent=2)
             scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != _COMPLETE)
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        said = json.loads((checkpoint / _COMPLETE).read_text())
+    except (OSError, ValueError):
+        return False
+    return said == _sizes(checkpoint)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nestvec.errors import DataError
+from nestvec.errors import DataError, MissingExtraError
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -90,6 +90,12 @@ class Settings:
         beside = {"save_every", "validate_every", "log_every", "log_to", "workers"}
         return {key: value for key, value in asdict(self).items() if key not in beside}
 
+    def check(self) -> None:
+        """Raise what does not fit this machine, before anything is written."""
+        if self.precision == "float16" and not torch.cuda.is_available():
+            raise DataError("float16 needs an accelerator: choose bfloat16 or float32.")
+        _check_loggers(self.log_to)
+
     @property
     def head_rate(self) -> float:
         """The learning rate of heads that start from nothing."""
@@ -134,6 +140,21 @@ class Settings:
         )
         made._n_gpu = min(made.n_gpu, 1)  # several GPUs: torchrun; DataParallel splits batches
         return made
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise DataError(
+                f"log_to {name!r} is not one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+        if name not in get_available_reporting_integrations():
+            raise MissingExtraError(f"log_to {name!r} needs its package: pip install {name}")
 
 
 def n_processes() -> int:

@@ -118,12 +118,15 @@ def train_text(
         If the examples, sizes, model or folder do not fit.
     """
     settings = settings or Settings()
+    settings.check()
     model, base = loaded_text_model(model)
     full = model.get_embedding_dimension()
     sizes = _sizes(dims, full)
     train, held_out = _split(examples, validation, holdout, settings.seed)
     if len(train) < 2:
         raise DataError(f"{len(train)} rows to train on; at least 2 are needed.")
+    trainable = {p: p.requires_grad for p in model.parameters()}
+    _freeze(model, freeze_layers)
     run = Run(
         Path(output),
         {
@@ -141,9 +144,8 @@ def train_text(
     if run.finished:
         sys.stderr.write(f"{output}: trained already\n")
         return Trained(run.folder, sizes, last_metrics(run), run.records())
-    torch.manual_seed(settings.seed)  # of heads that are made here
-    _freeze(model, freeze_layers)
     _freeze_unused(model, examples.texts[0][0])
+    torch.manual_seed(settings.seed)  # of heads that are made here
     made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
     chosen = made if objective is None else objective
     head = head if objective is None else None
@@ -167,6 +169,8 @@ def train_text(
         trainer.beside = (chosen,)
     trainer.be_careful(run, settings=settings, validate=validate)
     trainer.go()
+    for parameter, was in trainable.items():
+        parameter.requires_grad_(was)
     if is_first_process():
         metrics = trainer.final_metrics()
         _save(model, run, sizes, base, metrics, examples, head, settings)

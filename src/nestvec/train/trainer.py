@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nestvec._extras import require
 from nestvec._progress import progress
 from nestvec.encoders._quiet import quiet
-from nestvec.errors import TrainingError
+from nestvec.errors import StorageError, TrainingError
 from nestvec.train.run import Run
 from nestvec.train.settings import Settings, is_first_process, n_processes
 from nestvec.train.validation import Validate
@@ -30,6 +31,8 @@ from transformers import (  # noqa: E402  # behind the checks above
     TrainerCallback,
     TrainingArguments,
 )
+
+_FULL = 1 << 18  # bytes: a disk with less is full, whatever the error was
 
 
 class Careful:
@@ -114,7 +117,20 @@ class Careful:
         return found
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+        except (
+            Exception
+        ) as error:  # torch's own are riddles ("unexpected pos"), so the disk is asked
+            full = shutil.disk_usage(self.run.folder).free < _FULL
+            if not full and not isinstance(error, OSError):
+                raise
+            reason = "no space left on the device" if full else str(error)
+            self.run.drop_torn()
+            raise StorageError(
+                f"cannot write a checkpoint into {self.run.checkpoints}: {reason}. Free some "
+                f"space; the same command goes on from {self.run.last_checkpoint() or 'the start'}."
+            ) from error
         self.wait()  # until every process has written its random state
         if is_first_process():
             self.run.mark_complete(self.state.global_step)
