@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from nestvec.train import (  # noqa: E402
     train_text,
 )
 from nestvec.train.run import Run  # noqa: E402
+from nestvec.train.text import TextTrainer  # noqa: E402
 
 DIMS = (4, 8, 16, 32)
 QUICK = {"batch_size": 16, "epochs": 3, "learning_rate": 1e-3}
@@ -230,6 +232,37 @@ def test_a_finished_training_is_not_done_again(model, tmp_path, capsys):
     assert "trained already" in capsys.readouterr().err
     assert second.metrics == first.metrics
     assert (tmp_path / "x/model.safetensors").stat().st_mtime_ns == stamp
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_is_drawn_and_learned_beside_the_model_is_resumed(model, tmp_path, monkeypatch):
+    """Sizes drawn a step, dropout, and classifiers with a rate of their own."""
+    texts = sentences(96)
+    labels = np.array(["wing" in text for text in texts]).astype(np.int64)
+    settings = Settings(**QUICK, save_every=3, head_learning_rate=0.05)
+    labelled = Examples("labelled", (texts,), labels, ("no", "yes"))
+    for name, examples, n_dims in (("drawn", pairs(), 2), ("head", labelled, -1)):
+        options: dict[str, Any] = {"dims": DIMS, "settings": settings, "n_dims_per_step": n_dims}
+        whole = train_text(str(model), examples, tmp_path / name, **options)
+        step, calls = TextTrainer.training_step, []
+
+        def dies(self, *args, step=step, calls=calls, **kwargs):
+            calls.append(1)
+            if len(calls) == 8:
+                raise Killed
+            return step(self, *args, **kwargs)
+
+        out = tmp_path / f"{name}-cut"
+        with monkeypatch.context() as patch:
+            patch.setattr(TextTrainer, "training_step", dies)
+            with pytest.raises(Killed):
+                train_text(str(model), examples, out, **options)
+        cut = train_text(str(model), examples, out, **options)
+        assert_same_weights(weights_of(whole.folder), weights_of(cut.folder))
+        assert whole.metrics == cut.metrics
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

@@ -138,13 +138,25 @@ class Careful:
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)  # pyright: ignore[reportAttributeAccessIssue]
         for number, module in enumerate(self.beside):
-            save_file(module.state_dict(), Path(output_dir or "") / f"beside-{number}.safetensors")
+            state = {name: value.contiguous() for name, value in module.state_dict().items()}
+            for name, generator in _generators(module).items():
+                state[name] = generator.get_state()
+            save_file(state, Path(output_dir or "") / f"beside-{number}.safetensors")
 
     def _load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for number, module in enumerate(self.beside):
             path = Path(checkpoint) / f"beside-{number}.safetensors"
-            module.load_state_dict(load_file(path))
+            state = load_file(path)
+            for name, generator in _generators(module).items():
+                generator.set_state(state.pop(name))
+            module.load_state_dict(state)
+
+
+def _generators(module: nn.Module) -> dict[str, torch.Generator]:
+    """Return the random generators that modules own, which no state_dict holds."""
+    found = {f"{n}.generator": getattr(m, "generator", None) for n, m in module.named_modules()}
+    return {name: one for name, one in found.items() if isinstance(one, torch.Generator)}
 
 
 class ModuleTrainer(Careful, Trainer):
