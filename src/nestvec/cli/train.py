@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestvec.cli._common import Dims, Json, command, fail, note, out, print_json
+from nestvec.cli._common import Json, command, fail, note, out, print_json
 
 if TYPE_CHECKING:
     from nestvec.train import Settings, Trained
@@ -70,13 +70,15 @@ Holdout = Annotated[
 Weights = Annotated[
     str, typer.Option(help="Weight of each size: uniform, boost_low, or numbers like 2,1,1.")
 ]
+Dims = Annotated[
+    str | None,
+    typer.Option(
+        help="Sizes to train, like 16,32,64,128; the full size always is.", show_default="halving"
+    ),
+]
 Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps instead of epochs; -1 for none.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows a step, over all processes.")]
-HeadRate = Annotated[
-    float | None,
-    typer.Option(help="Learning rate of the classifiers.", show_default="--learning-rate"),
-]
 Precision = Annotated[
     str,
     typer.Option(help="auto (bfloat16 where an accelerator has it), float32, bfloat16, float16"),
@@ -131,7 +133,10 @@ def text(
         ),
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
-    head_learning_rate: HeadRate = None,
+    head_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of classifiers (labelled texts).", show_default="0.01"),
+    ] = None,
     precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     log_to: LogTo = None,
@@ -158,7 +163,7 @@ def text(
         batch_size=batch_size,
         chunk_size=chunk_size,
         learning_rate=learning_rate,
-        head_learning_rate=head_learning_rate or (1e-2 if examples.kind == "labelled" else None),
+        head_learning_rate=head_learning_rate,
         precision=precision,
         seed=seed,
         log_to=tuple(log_to or ()),
@@ -231,7 +236,10 @@ def image(
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    head_learning_rate: HeadRate = None,
+    head_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the classifiers.", show_default="--learning-rate"),
+    ] = None,
     precision: Precision = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,

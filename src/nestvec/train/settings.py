@@ -33,7 +33,8 @@ class Settings:
         Of AdamW: peak rate, decay, share of the steps in which the rate rises, and how it falls
         (``"linear"``, ``"cosine"``, ``"constant"``; any of transformers').
     head_learning_rate
-        Of classifiers, which start from nothing; None takes ``learning_rate``.
+        Of classifiers, which start from nothing; None takes ``learning_rate``, and 0.01 in
+        `train_text`, where all else was trained before.
     max_grad_norm
         Length at which gradients are clipped.
     precision
@@ -96,10 +97,9 @@ class Settings:
             raise DataError("float16 needs an accelerator: choose bfloat16 or float32.")
         _check_loggers(self.log_to)
 
-    @property
-    def head_rate(self) -> float:
-        """The learning rate of heads that start from nothing."""
-        return float(self.head_learning_rate or self.learning_rate)
+    def head_rate(self, default: float | int | None = None) -> float:
+        """Return the learning rate of heads that start from nothing."""
+        return float(self.head_learning_rate or default or self.learning_rate)
 
     def arguments(self, folder: Path, *, n_rows: int, kind: type[Any], **more: Any) -> Any:
         """Return these settings as transformers' TrainingArguments (or a subclass, ``kind``)."""

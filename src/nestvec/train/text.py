@@ -47,6 +47,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "labelled": ("text",),
 }
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.05, 1000
+HEAD_RATE = 1e-2
 
 
 class TextTrainer(Careful, SentenceTransformerTrainer):
@@ -154,7 +155,9 @@ def train_text(
         run.checkpoints,
         n_rows=len(train),
         kind=SentenceTransformerTrainingArguments,
-        learning_rate_mapping={} if head is None else {r"^objective\.head": settings.head_rate},
+        learning_rate_mapping={}
+        if head is None
+        else {r"^objective\.head": settings.head_rate(HEAD_RATE)},
         batch_sampler=BatchSamplers.NO_DUPLICATES
         if examples.kind in ("pairs", "triplets")
         else BatchSamplers.BATCH_SAMPLER,

@@ -180,7 +180,7 @@ class ModuleTrainer(Careful, Trainer):
         super().__init__(model=module, args=arguments, train_dataset=dataset, data_collator=collate)
         self.be_careful(run, settings=settings, validate=validate)
         self.model_accepts_loss_kwargs = False  # **kwargs of a forward are its inputs, no counts
-        self.head, self.head_rate = head, settings.head_rate
+        self.head, self.head_rate = head, settings.head_rate()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         made = super().create_optimizer(model)
