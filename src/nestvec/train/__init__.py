@@ -19,6 +19,7 @@ from nestvec.train.heads import (  # noqa: E402  # likewise
     NestedClassifier,
     NestedCrossEntropy,
 )
+from nestvec.train.keeping import KeepNeighbours  # noqa: E402  # likewise
 from nestvec.train.masked_lm import NestedMaskedLM  # noqa: E402  # likewise
 from nestvec.train.objectives import (  # noqa: E402  # likewise
     InfoNCE,
@@ -53,6 +54,7 @@ __all__ = [
     "ClassLabels",
     "CoSENT",
     "InfoNCE",
+    "KeepNeighbours",
     "NestedClassifier",
     "NestedCrossEntropy",
     "NestedDistillation",

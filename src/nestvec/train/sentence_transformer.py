@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,11 @@ class SentenceTransformerLoss(nn.Module):
         ``objective(column, column, ..., [labels])``: `NestedLoss` over anything, for instance.
     chunk_size
         Texts that are in memory together (`nestvec.train.encode_in_chunks`); None takes the batch.
+    keep
+        `KeepNeighbours`, or any objective of (rows, rows before training): added, over all texts of
+        the batch, with weight ``keep_weight``. A frozen copy of the model says what was before.
+    keep_weight
+        0 leaves it out.
 
     Notes
     -----
@@ -37,19 +43,37 @@ class SentenceTransformerLoss(nn.Module):
     """
 
     def __init__(
-        self, model: Any, objective: Callable[..., Tensor], *, chunk_size: int | None = None
+        self,
+        model: Any,
+        objective: Callable[..., Tensor],
+        *,
+        chunk_size: int | None = None,
+        keep: Callable[[Tensor, Tensor], Tensor] | None = None,
+        keep_weight: float | int = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.chunk_size = chunk_size
+        self.keep, self.keep_weight = keep, keep_weight
+        self.before = None
+        if keep is not None:
+            self.before = copy.deepcopy(model).eval().requires_grad_(False)
 
     def forward(
         self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        rows = [gathered(self._rows(features)).float() for features in sentence_features]
+        columns = [dict(features) for features in sentence_features]
+        rows = [gathered(self._rows(features)).float() for features in columns]
         with torch.autocast(rows[0].device.type, enabled=False):  # a score needs its digits
-            return self.objective(*rows, *([] if labels is None else [gathered(labels)]))
+            loss = self.objective(*rows, *([] if labels is None else [gathered(labels)]))
+        if self.keep is None or self.before is None:
+            return loss
+        self.before.eval()  # the Trainer may have put every module into training mode
+        with torch.no_grad():
+            start = [gathered(self.before(dict(f))["sentence_embedding"]).float() for f in columns]
+        with torch.autocast(rows[0].device.type, enabled=False):
+            return loss + self.keep_weight * self.keep(torch.cat(rows), torch.cat(start))
 
     def _rows(self, features: Mapping[str, Any]) -> Tensor:
         if self.chunk_size is None:

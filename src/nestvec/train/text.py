@@ -20,6 +20,7 @@ from nestvec.errors import DataError, DimensionError, ModelError
 from nestvec.space import halving, parse_dims
 from nestvec.train.card import declare_dims, write_card
 from nestvec.train.heads import ClassLabels, NestedClassifier
+from nestvec.train.keeping import KeepNeighbours
 from nestvec.train.objectives import InfoNCE, NestedLoss
 from nestvec.train.ranking import CoSENT
 from nestvec.train.result import Trained, last_metrics, save_classifier
@@ -66,6 +67,7 @@ def train_text(
     validation: Examples | None = None,
     holdout: float | int | None = None,
     objective: Callable[..., Tensor] | None = None,
+    keep: float | int = 0.0,
     weights: Any = "uniform",
     n_dims_per_step: int = -1,
     freeze_layers: int = 0,
@@ -94,6 +96,10 @@ def train_text(
         A loss of (column, column, ..., [scores or class numbers]) tensors, nested or not, in place
         of the usual one: nested InfoNCE for pairs and triplets, nested CoSENT for scored pairs,
         nested cross-entropy of one head a size for labelled texts.
+    keep
+        Weight of an added `KeepNeighbours`: every size holds on to the neighbours that the full
+        size had before training, for a model that is good already and examples that are few. 0
+        leaves it out. It costs a forward pass of the model as it was.
     weights, n_dims_per_step
         Of `NestedLoss`.
     freeze_layers
@@ -135,6 +141,7 @@ def train_text(
             "examples": train.fingerprint(),
             "dims": list(sizes),
             "objective": repr(objective) if objective is not None else "usual",
+            "keep": float(keep),
             "weights": weights if isinstance(weights, str) else list(weights),
             "n_dims_per_step": n_dims_per_step,
             "freeze_layers": freeze_layers,
@@ -151,13 +158,14 @@ def train_text(
     chosen = made if objective is None else objective
     head = head if objective is None else None
     validate = None if held_out is None else _validation(model, held_out, sizes, head)
+    kept = KeepNeighbours(sizes, weights=weights) if keep else None
+    fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
+    rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
     arguments = settings.arguments(
         run.checkpoints,
         n_rows=len(train),
         kind=SentenceTransformerTrainingArguments,
-        learning_rate_mapping={}
-        if head is None
-        else {r"^objective\.head": settings.head_rate(HEAD_RATE)},
+        learning_rate_mapping=rates,
         batch_sampler=BatchSamplers.NO_DUPLICATES
         if examples.kind in ("pairs", "triplets")
         else BatchSamplers.BATCH_SAMPLER,
@@ -166,10 +174,11 @@ def train_text(
         model=model,
         args=arguments,
         train_dataset=_dataset(train),
-        loss=SentenceTransformerLoss(model, chosen, chunk_size=settings.chunk_size),
+        loss=SentenceTransformerLoss(
+            model, chosen, chunk_size=settings.chunk_size, keep=kept, keep_weight=keep
+        ),
     )
-    if isinstance(chosen, nn.Module):
-        trainer.beside = (chosen,)
+    trainer.beside = tuple(m for m in (chosen, kept) if isinstance(m, nn.Module))
     trainer.be_careful(run, settings=settings, validate=validate)
     trainer.go()
     for parameter, was in trainable.items():
