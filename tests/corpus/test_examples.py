@@ -121,3 +121,27 @@ def test_the_fingerprint_sees_every_value(tmp_path):
         changed[row][key] = value
         prints.add(read_examples(jsonl(tmp_path / "x.jsonl", changed)).fingerprint())
     assert len(prints) == 4
+
+
+def test_a_datasets_folder_gives_the_split_that_was_asked_for(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="nestvec[train]")
+    parts = {
+        name: datasets.Dataset.from_list([{"anchor": name, "positive": str(i)} for i in range(n)])
+        for name, n in (("train", 5), ("test", 2))
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    assert read_examples(tmp_path / "set").texts[0] == ["train"] * 5
+    assert read_examples(tmp_path / "set", split="test").texts[0] == ["test"] * 2
+    with pytest.raises(DataError, match=r"no split 'dev'; its splits are: train, test"):
+        read_examples(tmp_path / "set", split="dev")
+
+
+def test_pairs_with_a_label_are_not_taken_for_positives(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 0}])
+    with pytest.raises(FileFormatError, match=r"--kind scored --columns sentence1,sentence2,label"):
+        read_examples(path)
+    assert read_examples(path, kind="pairs").kind == "pairs"
+    scored = read_examples(path, kind="scored", columns=("sentence1", "sentence2", "label"))
+    np.testing.assert_array_equal(scored.targets, [0.0])
+    with pytest.raises(DataError, match=r"kind 'pear' is not one of"):
+        read_examples(path, kind="pear")

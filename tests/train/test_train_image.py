@@ -31,6 +31,7 @@ from nestvec.errors import (  # noqa: E402
     TrainingError,
 )
 from nestvec.train import (  # noqa: E402
+    NestedDropout,
     Settings,
     ShiftAndFlip,
     load_classifier,
@@ -182,6 +183,57 @@ def test_shifts_and_flips_move_pixels_and_make_up_none(rng):
     torch.testing.assert_close(ShiftAndFlip(0, flip=False)(batch), batch)
 
 
+def test_a_generator_inside_the_network_is_resumed(stripes, tmp_path, monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        drops = NestedDropout(rate=0.2, generator=torch.Generator().manual_seed(3))
+        return ImageNetwork(nn.Sequential(nn.Flatten(), nn.Linear(1024, 16), drops), dim=16)
+
+    settings = Settings(batch_size=16, epochs=2, learning_rate=1e-2, save_every=3)
+    whole = train_image(network(), stripes, tmp_path / "whole", dims=DIMS, settings=settings)
+    step, calls = ModuleTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ModuleTrainer, "training_step", dies)
+    with pytest.raises(Killed):
+        train_image(network(), stripes, tmp_path / "cut", dims=DIMS, settings=settings)
+    monkeypatch.undo()
+    cut = train_image(network(), stripes, tmp_path / "cut", dims=DIMS, settings=settings)
+    assert_same_weights(whole.folder, cut.folder)
+
+
+def test_tied_weights_are_saved(stripes, tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 8, 3, stride=4)
+            self.a = nn.Linear(8, 16)
+            self.b = nn.Linear(8, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            x = self.conv(x).amax(dim=(2, 3))
+            return self.a(x) + self.b(x)
+
+    own = ImageNetwork(Tied(), dim=16)
+    done = train_image(own, stripes, tmp_path / "x", dims=DIMS, settings=QUICK)
+    network, *_ = load_image_model(done.folder, backbone=Tied())
+    torch.testing.assert_close(network.backbone.a.weight, network.backbone.b.weight)  # pyright: ignore
+
+
+def test_a_large_photo_does_not_set_the_size(stripes, tmp_path):
+    big = [np.kron(row, np.ones((10, 10), np.uint8)) for row in stripes.images[:16]]
+    images = Images(stripes.ids[:16], big, stripes.labels[:16])
+    settings = Settings(batch_size=8, max_steps=1)
+    done = train_image(tiny(), images, tmp_path / "x", dims=DIMS, settings=settings)
+    assert load_image_model(done.folder)[1].size == 224
+
+
 # --- both towers ----------------------------------------------------------------------------------
 
 
@@ -192,7 +244,7 @@ def test_images_and_texts_meet_in_one_space(stripes, tmp_path):
     done = train_image_text(
         tiny(),
         str(text),
-        stripes,
+        Images(stripes.ids, stripes.images),  # no labels are needed
         said,
         tmp_path / "x",
         dims=DIMS,
@@ -229,6 +281,17 @@ def test_captions_that_do_not_fit_are_refused(stripes, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             train_image_text(tiny(), text, stripes, captions, tmp_path / "x")
+        if "same" not in message:
+            with pytest.raises(DataError, match=message):
+                train_image_text(
+                    tiny(),
+                    text,
+                    stripes,
+                    ["a", "b"] * 48,
+                    tmp_path / "x",
+                    validation=(stripes, captions),
+                )
+    assert not (tmp_path / "x").exists()
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -245,7 +308,7 @@ def test_labels_that_do_not_fit_are_refused(stripes, tmp_path):
     strange = Images(["a", "b"], stripes.images[:2], [0, 1], ["n", "elsewhere"])
     with pytest.raises(DataError, match=r"validation has the class 'elsewhere'"):
         train_image(tiny(), stripes, out, validation=strange)
-    with pytest.raises(DimensionError, match=r"size 32 does not fit a network of dim 16"):
+    with pytest.raises(DimensionError, match=r"size 32 does not fit a model of dim 16"):
         train_image(tiny(), stripes, out, dims=(8, 32))
     with pytest.raises(DataError, match=r"give 'resnet', 'vit', a model folder"):
         train_image(object(), stripes, out)
@@ -311,6 +374,10 @@ def test_the_command_trains_and_the_others_take_the_model(stripes, tmp_path):
         words = f"embed {tmp_path}/s.npz -o {tmp_path}/{split}.npz --split {split}"
         done = run(app, [*words.split(), "--model", f"{tmp_path}/m"])
         assert done.exit_code == 0, done.output
-    again = run(app, f"train image {tmp_path}/s.npz -o {tmp_path}/m --epochs 2".split())
+    words = f"train image {tmp_path}/s.npz -o {tmp_path}/m --validation test --epochs 1 --dims 8,64"
+    again = run(app, [*words.split(), "--shift", "1"])
     assert again.exit_code == 2
-    assert "another configuration" in again.output
+    assert "augment was 'ShiftAndFlip(pixels=2, flip=False)'" in again.output
+    assert "--fresh" in again.output
+    words = f"train image {tmp_path}/s.npz -o {tmp_path}/n --validation tset"
+    assert "no split 'tset'; its splits are: train, test" in run(app, words.split()).output

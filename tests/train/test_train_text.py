@@ -40,7 +40,8 @@ from nestvec.train import (  # noqa: E402
     train_text,
 )
 from nestvec.train.run import Run  # noqa: E402
-from nestvec.train.text import TextTrainer  # noqa: E402
+from nestvec.train.text import TextTrainer, _split  # noqa: E402
+from nestvec.train.validation import pair_accuracy  # noqa: E402
 
 DIMS = (4, 8, 16, 32)
 QUICK = {"batch_size": 16, "epochs": 3, "learning_rate": 1e-3}
@@ -202,6 +203,67 @@ def test_bfloat16_trains_and_leaves_float32_weights(model, tmp_path):
     }
 
 
+def test_texts_that_recur_are_trained_on_all_the_same(model, tmp_path):
+    first, second = pairs(30).texts
+    recurring = Examples("pairs", (first, [second[0]] * 29 + [second[1]]))
+    done = train_text(
+        str(model), recurring, tmp_path / "x", holdout=0, settings=Settings(learning_rate=1e-3)
+    )
+    assert max(record["step"] for record in done.records) == 1
+    assert not torch.equal(
+        *(weights_of(f)["embeddings.LayerNorm.weight"] for f in (model, done.folder))
+    )
+
+
+def test_all_rows_of_a_query_are_held_out_together(model, tmp_path):
+    first, second = pairs(96).texts
+    queries = [first[row // 4] for row in range(96)]
+    train, held_out = _split(Examples("pairs", (queries, second)), None, 0.25, 0)
+    assert held_out is not None
+    assert len(train) + len(held_out) == 96
+    assert not set(train.texts[0]) & set(held_out.texts[0])
+
+
+def test_any_document_of_a_query_is_a_hit(rng):
+    rows = torch.from_numpy(rng.normal(size=(3, 4)))
+    queries, documents = rows[[0, 0, 1]], rows[[0, 2, 1]]  # the first query has two documents
+    found = pair_accuracy(queries, documents, (4,), (["q", "q", "r"], ["a", "b", "c"]))
+    assert found == {"top1@4": 1.0}
+
+
+def test_prompts_of_the_model_are_trained_with(model, tmp_path, monkeypatch):
+    """The tiny model puts "a wing " before queries."""
+    seen = []
+    preprocess = SentenceTransformer.preprocess
+
+    def spy(self, inputs, *args, **kwargs):
+        seen.append((kwargs.get("prompt"), list(inputs)))
+        return preprocess(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "preprocess", spy)
+    train_text(str(model), pairs(), tmp_path / "x", settings=Settings(**QUICK))
+    asked = {prompt for prompt, texts in seen if texts[0] in pairs().texts[0]}
+    assert "a wing " in asked
+
+
+def test_heads_are_clipped_with_the_model(model, tmp_path, monkeypatch):
+    labels = np.arange(96) % 2
+    examples = Examples("labelled", (sentences(96),), labels, ("no", "yes"))
+    lengths = []
+    norm = TextTrainer._norm
+
+    def spy(self, model, most):
+        found = norm(self, model, most)
+        everything = [*model.parameters(), *self.beside[0].parameters()]
+        grads = [p.grad.norm() for p in everything if p.grad is not None]
+        lengths.append(float(torch.stack(grads).norm()))
+        return found
+
+    monkeypatch.setattr(TextTrainer, "_norm", spy)
+    train_text(str(model), examples, tmp_path / "x", settings=Settings(**QUICK, max_grad_norm=1e-3))
+    assert max(lengths) < 1.1e-3
+
+
 # --- what is left ---------------------------------------------------------------------------------
 
 
@@ -312,6 +374,43 @@ def test_a_folder_of_another_configuration_is_refused(model, tmp_path):
         train_text(str(model), pairs(80), tmp_path / "x", dims=DIMS, settings=Settings(**QUICK))
     done = train_text(str(model), pairs(), tmp_path / "x", dims=DIMS, settings=other, fresh=True)
     assert json.loads((done.folder / "training.json").read_text())["finished"] is True
+
+
+def test_objectives_are_told_apart_and_functions_can_be_resumed(model, tmp_path):
+    options: dict[str, Any] = {"settings": Settings(**QUICK)}
+    wide, narrow = (NestedLoss(InfoNCE(), dims) for dims in ((8, 32), (4, 32)))
+    train_text(str(model), pairs(), tmp_path / "x", objective=wide, **options)
+    with pytest.raises(TrainingError, match=r"objective was"):
+        train_text(str(model), pairs(), tmp_path / "x", objective=narrow, **options)
+
+    def plain(a, b):
+        return (a - b).square().mean()
+
+    train_text(str(model), pairs(), tmp_path / "y", objective=plain, **options)
+    train_text(str(model), pairs(), tmp_path / "y", objective=plain, **options)
+
+
+def test_weights_go_with_the_sizes_that_are_trained(model, tmp_path):
+    with pytest.raises(DataError, match=r"2 weights for 3 sizes: give one for each of 8, 16, 32"):
+        train_text(str(model), pairs(), tmp_path / "x", dims=(8, 16), weights=(2, 1))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"schedule": "cosin"}, {"log_every": 0}, {"warmup": -1}, {"seed": -1}, {"max_steps": 0}],
+)
+def test_settings_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(DataError):
+        Settings(**wrong)
+
+
+def test_a_model_in_memory_is_left_as_it_was_frozen(model, tmp_path):
+    st = SentenceTransformer(str(model), device="cpu")
+    next(st.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in st.parameters()]
+    train_text(st, pairs(), tmp_path / "x", freeze_layers=1, settings=Settings(**QUICK))
+    assert [p.requires_grad for p in st.parameters()] == before
 
 
 def test_a_folder_of_something_else_is_left_alone(model, tmp_path):

@@ -61,7 +61,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except NestvecError as error:
-            fail(str(error).replace("pass allow_untrained=True", "add --allow-untrained"))
+            fail(
+                str(error)
+                .replace("pass allow_untrained=True", "add --allow-untrained")
+                .replace("with fresh=True", "with --fresh")
+            )
         except KeyboardInterrupt:
             log.print("\ninterrupted")
             raise typer.Exit(130) from None

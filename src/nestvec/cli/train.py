@@ -83,6 +83,10 @@ Precision = Annotated[
     str,
     typer.Option(help="auto (bfloat16 where an accelerator has it), float32, bfloat16, float16"),
 ]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")]
+SaveEvery = Annotated[
+    float, typer.Option(help="Steps between checkpoints; below 1 a share of all steps.")
+]
 LogTo = Annotated[
     list[str] | None,
     typer.Option(help="tensorboard, wandb, mlflow, ...; repeat for several.", show_default=False),
@@ -116,9 +120,23 @@ def text(
         str | None,
         typer.Option(help="pairs, triplets, scored or labelled; by default what the columns say."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a BEIR folder: whose judgements.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(help="Of a BEIR folder: whose judgements; of a datasets folder: its rows."),
+    ] = "train",
     validation: Validation = None,
+    validation_split: Annotated[
+        str, typer.Option(help="Which split of VALIDATION, if it has splits.")
+    ] = "validation",
     holdout: Holdout = None,
+    keep: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Hold on to the neighbours that the untrained model's full size had: a weight, "
+            "like 1. For a good model and few examples.",
+        ),
+    ] = 0.0,
     weights: Weights = "uniform",
     freeze_layers: Annotated[
         int, typer.Option(min=0, help="Transformer layers, from the bottom, left as they are.")
@@ -138,6 +156,8 @@ def text(
         typer.Option(help="Learning rate of classifiers (labelled texts).", show_default="0.01"),
     ] = None,
     precision: Precision = "auto",
+    workers: Workers = 0,
+    save_every: SaveEvery = 0.1,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     log_to: LogTo = None,
     fresh: Fresh = False,
@@ -154,9 +174,10 @@ def text(
     held_out = None
     if validation is not None:
         held_out = read_examples(
-            validation, label_names=examples.label_names or None, split="dev", **named
+            validation, label_names=examples.label_names or None, split=validation_split, **named
         )
-    note(f"{len(examples):,} {examples.kind.replace('scored', 'scored pairs')} to train on")
+    words = {"scored": "scored pairs", "labelled": "labelled texts"}
+    note(f"{source}: {len(examples):,} {words.get(examples.kind, examples.kind)}")
     settings = Settings(
         epochs=epochs,
         max_steps=max_steps,
@@ -165,6 +186,8 @@ def text(
         learning_rate=learning_rate,
         head_learning_rate=head_learning_rate,
         precision=precision,
+        workers=workers,
+        save_every=save_every,
         seed=seed,
         log_to=tuple(log_to or ()),
     )
@@ -176,6 +199,7 @@ def text(
             dims=dims,
             validation=held_out,
             holdout=holdout,
+            keep=keep,
             weights=_weights(weights),
             freeze_layers=freeze_layers,
             settings=settings,
@@ -241,7 +265,8 @@ def image(
         typer.Option(help="Learning rate of the classifiers.", show_default="--learning-rate"),
     ] = None,
     precision: Precision = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
+    workers: Workers = 0,
+    save_every: SaveEvery = 0.1,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     log_to: LogTo = None,
     fresh: Fresh = False,
@@ -252,7 +277,7 @@ def image(
     from nestvec.train.image import read_labelled
 
     images, held_out = read_labelled(source, split=split, validation=validation)
-    note(f"{images!r} to train on")
+    note(f"{source}: {len(images):,} images")
     settings = Settings(
         epochs=epochs,
         max_steps=max_steps,
@@ -261,6 +286,7 @@ def image(
         head_learning_rate=head_learning_rate,
         precision=precision,
         workers=workers,
+        save_every=save_every,
         seed=seed,
         log_to=tuple(log_to or ()),
     )
@@ -287,7 +313,9 @@ def image(
 
 
 def _weights(given: str) -> Any:
-    if not given[:1].isdigit():
+    from nestvec.train.objectives import PRESETS
+
+    if given in PRESETS:
         return given
     try:
         return tuple(float(weight) for weight in given.split(","))

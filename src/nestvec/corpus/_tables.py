@@ -10,7 +10,7 @@ from typing import Any
 
 from nestvec._extras import require
 from nestvec.corpus._lines import lines_of
-from nestvec.errors import FileFormatError
+from nestvec.errors import DataError, FileFormatError
 
 TABLES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
@@ -48,18 +48,23 @@ def is_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def dataset_rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (``split#number``, row) of such a folder: Arrow streams, listed in ``state.json``."""
+def dataset_rows(folder: Path, split: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Yield (``split#number``, row) of such a folder: Arrow streams, listed in ``state.json``.
+
+    None reads every split; a folder without splits has only its own rows.
+    """
     pa = require("pyarrow", extra="index", why="reading Hugging Face datasets folders")
     splits = [folder]
     if (folder / "dataset_dict.json").is_file():
         names = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
-        splits = [folder / name for name in names]
-    for split in splits:
+        if split is not None and split not in names:
+            raise DataError(f"{folder} has no split {split!r}; its splits are: {', '.join(names)}.")
+        splits = [folder / name for name in names if split in (None, name)]
+    for part in splits:
         number = 0
-        for file in json.loads((split / "state.json").read_bytes())["_data_files"]:
-            with pa.memory_map(str(split / file["filename"])) as source:
+        for file in json.loads((part / "state.json").read_bytes())["_data_files"]:
+            with pa.memory_map(str(part / file["filename"])) as source:
                 for batch in pa.ipc.open_stream(source):
                     for row in batch.to_pylist():
                         number += 1
-                        yield f"{split.name}#{number}", row
+                        yield f"{part.name}#{number}", row

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def read_examples(
     path: str | os.PathLike[str],
     *,
     columns: Sequence[str] | None = None,
-    kind: Kind | None = None,
+    kind: str | None = None,
     split: str = "train",
     label_names: Sequence[str] | None = None,
 ) -> Examples:
@@ -118,7 +118,7 @@ def read_examples(
         What the columns are; None concludes it from them: three texts are triplets, two are pairs.
         Needed with ``columns`` for ``"scored"`` and ``"labelled"``.
     split
-        Of a BEIR folder.
+        Of a BEIR folder, or of a datasets folder that has splits.
     label_names
         Classes in order, for a further file of the same labels; None takes those found, sorted.
 
@@ -135,28 +135,31 @@ def read_examples(
     path = Path(path)
     if path.is_dir() and any(path.glob("corpus.jsonl*")):
         return _judged(path, split)
-    rows = list(_rows(path))
+    asked = next((known for known in KINDS if known == kind), None)
+    if kind != asked:
+        raise DataError(f"kind {kind!r} is not one of {', '.join(KINDS)}.")
+    rows = list(_rows(path, split))
     if not rows:
         raise DataError(f"{path}: no rows in it.")
-    kind, names = _columns(rows[0], columns, kind, path)
-    n_texts = {"triplets": 3, "labelled": 1}.get(kind, 2)
+    found, names = _columns(rows[0], columns, cast(Kind | None, asked), path)
+    n_texts = {"triplets": 3, "labelled": 1}.get(found, 2)
     texts = tuple(
         [_text(row, n, name, path) for n, row in _numbered(rows)] for name in names[:n_texts]
     )
-    if kind == "scored":
+    if found == "scored":
         scores = [_score(row, n, names[2], path) for n, row in _numbered(rows)]
-        return Examples(kind, texts, np.array(scores, dtype=np.float32))
-    if kind == "labelled":
+        return Examples(found, texts, np.array(scores, dtype=np.float32))
+    if found == "labelled":
         return _labelled(texts, [row.get(names[1]) for row in rows], label_names, path)
-    return Examples(kind, texts)
+    return Examples(found, texts)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, split: str) -> Iterator[Row]:
     try:
         if not path.exists():
             raise StorageError(f"cannot read {path}: there is no such file or folder.")
         if is_dataset(path):
-            yield from (row for _, row in dataset_rows(path))
+            yield from (row for _, row in dataset_rows(path, split))
         elif is_table(path):
             yield from rows_of(path)
         else:
@@ -190,6 +193,15 @@ def _columns(
     for one, choices in COLUMNS.items():
         for names in choices:
             if kind in (None, one) and set(names) <= set(there):
+                mark = next((c for c in ("label", "labels", "gold_label") if c in there), None)
+                if one == "pairs" and kind is None and mark:
+                    # positives and negatives in one file: not what in-batch negatives are made from
+                    raise FileFormatError(
+                        f"{path} has the columns {', '.join(names)} and {mark!r}, which says what "
+                        f"a pair is worth. If it is a score: kind 'scored' and the three columns "
+                        f"(--kind scored --columns {','.join(names)},{mark}). If all are right "
+                        f"pairs: kind 'pairs' (--kind pairs)."
+                    )
                 return one, names
     wanted = "; ".join(f"{k}: {', '.join(c[0])}" for k, c in COLUMNS.items() if kind in (None, k))
     raise FileFormatError(
@@ -202,7 +214,7 @@ def _text(row: Row, number: int, name: str, path: Path) -> str:
     text = row.get(name)
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{path}: row {number} has no text in {name!r} ({text!r}). Drop the row.")
-    return text.strip()
+    return text.strip().encode("utf-8", "replace").decode()  # half a character: a question mark
 
 
 def _score(row: Row, number: int, name: str, path: Path) -> float:
@@ -218,11 +230,11 @@ def _score(row: Row, number: int, name: str, path: Path) -> float:
 def _labelled(
     texts: tuple[list[str], ...], labels: list[Any], names: Sequence[str] | None, path: Path
 ) -> Examples:
-    missing = next((n for n, label in enumerate(labels, 1) if label in (None, "")), None)
-    if missing is not None:
-        raise DataError(f"{path}: row {missing} has no label.")
-    found = sorted(set(labels), key=lambda label: (str(type(label)), label))
-    known = list(names) if names is not None else [str(label) for label in found]
+    wrong = (n for n, x in enumerate(labels, 1) if not isinstance(x, (str, int, float)) or x == "")
+    if missing := next(wrong, None):
+        raise DataError(f"{path}: row {missing} has no label ({labels[missing - 1]!r}).")
+    found = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    known = list(names) if names is not None else list(dict.fromkeys(map(str, found)))
     place = {name: number for number, name in enumerate(known)}
     strange = next((n for n, label in enumerate(labels, 1) if str(label) not in place), None)
     if strange is not None:

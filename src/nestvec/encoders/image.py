@@ -72,7 +72,7 @@ class ImageEncoder(Encoder):
 
         self._borrowed = not isinstance(model, (str, os.PathLike))
         if isinstance(model, (str, os.PathLike)):
-            network, own, _ = load_image_model(model)
+            network, own, _ = load_image_model(model, preprocessing=preprocessing)
             self._name, self.source = Path(model).resolve().name, f"folder {model}"
             device = device or _accelerator()
         else:

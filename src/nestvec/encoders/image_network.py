@@ -100,7 +100,8 @@ class Preprocessing:
             batch = np.stack([squared(one, self.size, self.resample) for one in channels])
         values = torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))).float() / 255
         mean, std = (torch.tensor(self._tuple(n)).view(-1, 1, 1) for n in ("mean", "std"))
-        return (values - mean) / std
+        # Grey images come with the strides of channels_last, at which oneDNN's convolution crashes.
+        return ((values - mean) / std).clone(memory_format=torch.contiguous_format)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``preprocessor_config.json`` into a folder, with the keys of transformers."""
@@ -326,7 +327,10 @@ def save_image_model(
 
 
 def load_image_model(
-    folder: str | os.PathLike[str], *, backbone: nn.Module | None = None
+    folder: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[ImageNetwork, Preprocessing, tuple[int, ...]]:
     """Read a model folder: the network (on the CPU, for use, not training), preprocessing, sizes.
 
@@ -336,6 +340,8 @@ def load_image_model(
         As `save_image_model` or ``save_pretrained`` of transformers wrote it.
     backbone
         Takes the weights, if they are of a module that transformers does not have.
+    preprocessing
+        Instead of the folder's own, which is then not read.
 
     Returns
     -------
@@ -364,7 +370,7 @@ def load_image_model(
         network = ImageNetwork(backbone, dim=about.get("dim"))
     else:
         network = ImageNetwork(_pretrained(folder))
-    preprocessing = Preprocessing.load(folder)
+    preprocessing = preprocessing or Preprocessing.load(folder)
     network.nesting_dims = dims_from_config(folder, full=network.dim) or ()
     return network.eval(), preprocessing, network.nesting_dims
 

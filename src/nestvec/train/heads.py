@@ -82,6 +82,9 @@ class NestedCrossEntropy(nn.Module):
         self.weights = weights
         self.label_smoothing = label_smoothing
 
+    def extra_repr(self) -> str:
+        return f"weights={self.weights!r}, label_smoothing={self.label_smoothing:g}"
+
     def forward(self, logits: dict[int, Tensor], labels: Tensor) -> Tensor:
         weights = dim_weights(self.weights, len(logits))
         one = logits[min(logits)]

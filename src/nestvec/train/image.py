@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from nestvec._pixels import as_pixels
+from nestvec._pixels import EncodedImage, as_pixels
 from nestvec.corpus.images import Images, read_images
 from nestvec.encoders.fingerprint import image_fingerprint
 from nestvec.encoders.image_network import (
@@ -26,18 +26,19 @@ from nestvec.encoders.image_network import (
     small_resnet,
     small_vit,
 )
-from nestvec.errors import DataError, DimensionError
-from nestvec.space import halving, parse_dims
+from nestvec.errors import DataError
 from nestvec.train.card import write_card
 from nestvec.train.distributed import gathered
 from nestvec.train.heads import ClassLabels, NestedClassifier
 from nestvec.train.objectives import NestedLoss, SupervisedContrastive
-from nestvec.train.result import Trained, last_metrics, save_classifier
-from nestvec.train.run import Run
-from nestvec.train.settings import Settings, is_first_process
-from nestvec.train.trainer import ModuleTrainer
+from nestvec.train.result import Trained, save_classifier
+from nestvec.train.run import Run, described
+from nestvec.train.settings import Settings
+from nestvec.train.sizes import sizes_of
+from nestvec.train.trainer import ModuleTrainer, carry_out
 from nestvec.train.validation import label_accuracy, neighbour_accuracy
 
+LARGEST = 224  # pixels a side, unless a size is asked for
 OBJECTIVES = ("cross_entropy", "supervised_contrastive")
 
 
@@ -51,6 +52,9 @@ class ShiftAndFlip(nn.Module):
     def __init__(self, pixels: int = 4, *, flip: bool = True) -> None:
         super().__init__()
         self.pixels, self.flip = pixels, flip
+
+    def extra_repr(self) -> str:
+        return f"pixels={self.pixels}, flip={self.flip}"
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         n, _, height, width = pixel_values.shape
@@ -114,6 +118,23 @@ class Numbers(Dataset[int]):
         return row
 
 
+@dataclass
+class Batch:
+    """Read and preprocess some rows; a class, so that workers of any kind can take it along."""
+
+    images: Images
+    preprocessing: Preprocessing
+    rows: np.ndarray
+    labels: np.ndarray
+
+    def __call__(self, places: list[int]) -> dict[str, Tensor]:
+        chosen = self.rows[places]
+        return {
+            "pixel_values": self.preprocessing(pick(self.images, chosen)),
+            "labels": torch.from_numpy(self.labels[chosen]),
+        }
+
+
 def read_labelled(
     source: str | os.PathLike[str], *, split: str | None = None, validation: str | None = None
 ) -> tuple[Images, Images | None]:
@@ -133,18 +154,22 @@ def read_labelled(
     DataError, FileFormatError, StorageError
         As `read_images` raises them.
     """
-    if split is None:
-        try:
-            images = read_images(source, split="train")
-        except DataError:
-            images = read_images(source)
-    else:
-        images = read_images(source, split=split)
+    images = _split_or(source, split or "train", None if split else source)
     if validation is None:
         return images, None
-    if Path(validation).exists():
-        return images, read_images(validation)
-    return images, read_images(source, split=validation)
+    return images, _split_or(source, validation, validation)
+
+
+def _split_or(source: Any, split: str, otherwise: Any) -> Images:
+    """Read a split of a source; if it has no such split, something else (None: nothing)."""
+    try:
+        return read_images(source, split=split)
+    except DataError as error:
+        if otherwise is None or "no split" not in str(error):
+            raise
+        if otherwise is not source and not Path(otherwise).exists():
+            raise
+    return read_images(otherwise)
 
 
 def train_image(
@@ -180,7 +205,7 @@ def train_image(
         Sizes; by default the full size halved down to 8. The full size is always trained.
     preprocessing
         What happens to an image first; by default the folder's own, or else the size and channels
-        of the first image with the mean and deviation of the training images.
+        (at most 224 pixels) of the first image, with the mean and deviation of the training images.
     size
         Side of the square in pixels, in place of the first image's.
     validation
@@ -214,14 +239,14 @@ def train_image(
         If the images, labels, sizes, network or folder do not fit.
     """
     settings = settings or Settings(learning_rate=1e-3, epochs=20)
-    settings.check()
+    settings.check(chunks=False)
     if objective not in OBJECTIVES:
         raise DataError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
     labels, names = _labels(images)
     train_rows, held_out = _split(images, labels, names, validation, holdout, settings.seed)
     torch.manual_seed(settings.seed)  # of networks and heads that are made here
     network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
-    sizes = sizes_of(network, dims)
+    sizes = sizes_of(network.dim, dims, lowest=8, weights=weights)
     head = None
     if objective == "cross_entropy":
         head = NestedClassifier(sizes, len(names), tied=tied)
@@ -234,24 +259,17 @@ def train_image(
         {
             "model": image_fingerprint(network, preprocessing),
             "images": image_hash(images, train_rows),
-            "dims": list(sizes),
+            "validation": None if held_out is None else image_hash(held_out[0], held_out[1]),
+            "dims": sizes,
             "objective": [objective, tied, float(label_smoothing)],
-            "weights": weights if isinstance(weights, str) else list(weights),
-            "augment": repr(augment),
+            "weights": weights,
+            "augment": None if augment is None else described(augment),
             "settings": settings.to_dict(),
         },
         fresh=fresh,
     )
     if run.finished:
-        sys.stderr.write(f"{output}: trained already\n")
-        return Trained(run.folder, sizes, last_metrics(run), run.records())
-
-    def batch(rows: list[int]) -> dict[str, Tensor]:
-        chosen_rows = train_rows[rows]
-        return {
-            "pixel_values": preprocessing(pick(images, chosen_rows)),
-            "labels": torch.from_numpy(labels[chosen_rows]),
-        }
+        return Trained.of(run, sizes)
 
     def validate() -> dict[str, float]:
         assert held_out is not None
@@ -266,13 +284,12 @@ def train_image(
         Numbers(len(train_rows)),
         run,
         settings=settings,
-        collate=batch,
+        collate=Batch(images, preprocessing, train_rows, labels),
         validate=None if held_out is None else validate,
         head=head,
     )
-    trainer.go()
-    if is_first_process():
-        metrics = trainer.final_metrics()
+
+    def save(metrics: dict[str, float]) -> None:
         _save(run, network, preprocessing, sizes, head, names)
         write_card(
             run.folder,
@@ -290,9 +307,8 @@ vectors = nv.ImageEncoder("{run.folder.resolve().name}").encode(images)
 short = vectors.prefix({sizes[0]})   # cut, then normalised
 ```""",
         )
-        run.finish(metrics=metrics)
-    trainer.wait()
-    return Trained(run.folder, sizes, last_metrics(run), run.records())
+
+    return carry_out(trainer, run, sizes, save)
 
 
 def _labels(images: Images) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -347,17 +363,6 @@ def _split(
     return np.sort(order[n_held:]), (images, held, labels[held])
 
 
-def sizes_of(network: ImageNetwork, dims: Iterable[int] | str | None) -> tuple[int, ...]:
-    """Return the sizes to train: those asked for, or halving, and the full one."""
-    sizes = halving(network.dim, lowest=8) if dims is None else parse_dims(dims)
-    if max(sizes) > network.dim:
-        raise DimensionError(
-            f"size {max(sizes)} does not fit a network of dim {network.dim}; choose sizes up to "
-            f"{network.dim}."
-        )
-    return tuple(sorted({*sizes, network.dim}))
-
-
 def usable_network(
     network: Any,
     preprocessing: Preprocessing | None,
@@ -367,8 +372,10 @@ def usable_network(
 ) -> tuple[ImageNetwork, Preprocessing, str]:
     """Return the network in training mode, what goes before it, and a name for it."""
     if isinstance(network, (str, os.PathLike)) and str(network) not in ("resnet", "vit"):
-        loaded, own, _ = load_image_model(network)
-        return loaded.train(), preprocessing or own, Path(network).resolve().name
+        loaded, own, _ = load_image_model(network, preprocessing=preprocessing)
+        if size is not None:
+            own = replace(own, size=size)
+        return loaded.train(), own, Path(network).resolve().name
     if preprocessing is None:
         preprocessing = _measured(images, rows, size)
     if isinstance(network, ImageNetwork):
@@ -385,26 +392,38 @@ def usable_network(
 
 
 def _measured(images: Images, rows: np.ndarray, size: int | None) -> Preprocessing:
-    """Return the size and channels of the first image, with mean and deviation of about 1,000."""
+    """Return the size and channels of the first image, with mean and deviation of about 1,000.
+
+    The size is at most 224 if it is not given: what a phone takes would not train on any machine.
+    """
+    height, width, channels = as_pixels(images.images[rows[0]]).shape
+    side = size or min(max(height, width), LARGEST)
+    plain = Preprocessing(side, 1 if channels < 3 else 3, mean=0, std=1)
     some = rows[:: max(1, len(rows) // 1000)]
-    height, width, channels = as_pixels(images.images[some[0]]).shape
-    plain = Preprocessing(size or max(height, width), 1 if channels < 3 else 3, mean=0, std=1)
-    values = torch.cat([plain(pick(images, some[i : i + 100])) for i in range(0, len(some), 100)])
-    mean, std = values.mean(dim=(0, 2, 3)), values.std(dim=(0, 2, 3)).clamp(min=1e-3)
-    return Preprocessing(plain.size, plain.n_channels, mean.tolist(), std.tolist())
+    sums = torch.zeros(2, plain.n_channels, dtype=torch.float64)
+    for start in range(0, len(some), 50):
+        values = plain(pick(images, some[start : start + 50])).double()
+        sums += torch.stack(
+            [values.mean(dim=(2, 3)).sum(0), values.square().mean(dim=(2, 3)).sum(0)]
+        )
+    mean, square = sums / len(some)
+    std = (square - mean.square()).clamp(min=1e-6).sqrt()
+    return Preprocessing(side, plain.n_channels, mean.tolist(), std.tolist())
 
 
 def image_hash(images: Images, rows: np.ndarray) -> str:
-    """Return a hash of pixels, or of the paths and times of files, and the labels."""
-    digest = hashlib.sha256(np.ascontiguousarray(np.asarray(images.labels)[rows]).tobytes())
-    if isinstance(images.images, np.ndarray):
-        digest.update(np.ascontiguousarray(images.images[rows]).data)
-    else:
-        for one in pick(images, rows):
-            if isinstance(one, (str, os.PathLike)):  # not opened: a large folder would take minutes
-                digest.update(f"{one} {Path(one).stat().st_mtime_ns}".encode())
-            else:
-                digest.update(np.ascontiguousarray(as_pixels(one)).data)
+    """Return a hash of pixels, or of the paths and times of files, and of labels if there are."""
+    digest = hashlib.sha256()
+    if images.labels is not None:
+        digest.update(np.ascontiguousarray(np.asarray(images.labels)[rows]).tobytes())
+    for row in rows:
+        one = images.images[row]
+        if isinstance(one, (str, os.PathLike)):  # not opened: a large folder would take minutes
+            digest.update(f"{one} {Path(one).stat().st_mtime_ns}".encode())
+        elif isinstance(one, EncodedImage):
+            digest.update(one.data)
+        else:
+            digest.update(np.ascontiguousarray(as_pixels(one)).data)
     return digest.hexdigest()[:16]
 
 

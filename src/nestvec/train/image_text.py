@@ -7,8 +7,8 @@ arXiv:2102.05918), at every size.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from nestvec.encoders.shared_space import share
 from nestvec.errors import DataError
 from nestvec.train.card import declare_dims, write_card
 from nestvec.train.distributed import gathered
-from nestvec.train.image import Numbers, embed_images, image_hash, pick, sizes_of, usable_network
+from nestvec.train.image import Numbers, embed_images, image_hash, pick, usable_network
 from nestvec.train.objectives import InfoNCE, NestedLoss
-from nestvec.train.result import Trained, last_metrics
-from nestvec.train.run import Run
-from nestvec.train.settings import Settings, is_first_process
+from nestvec.train.result import Trained
+from nestvec.train.run import Run, described
+from nestvec.train.settings import Settings
+from nestvec.train.sizes import sizes_of
 from nestvec.train.text import loaded_text_model
-from nestvec.train.trainer import ModuleTrainer
+from nestvec.train.trainer import ModuleTrainer, carry_out
 from nestvec.train.validation import pair_accuracy
 
 require("sentence_transformers", extra="train", why="training a dual encoder")
@@ -76,6 +77,25 @@ class ImageTextTask(nn.Module):
         captions = self.text(dict(tokens))["sentence_embedding"][place]
         with torch.autocast(pictures.device.type, enabled=False):
             return {"loss": self.objective(gathered(pictures.float()), gathered(captions.float()))}
+
+
+@dataclass
+class _Batch:
+    """Images preprocessed, and each of their captions tokenised once."""
+
+    images: Images
+    preprocessing: Preprocessing
+    captions: list[str]
+    text: Any
+
+    def __call__(self, rows: list[int]) -> dict[str, Tensor]:
+        unique, place = np.unique([self.captions[row] for row in rows], return_inverse=True)
+        tokens = self.text.preprocess(unique.tolist())
+        return {
+            "pixel_values": self.preprocessing(pick(self.images, np.array(rows))),
+            "place": torch.from_numpy(place),
+            **{name: value for name, value in tokens.items() if isinstance(value, Tensor)},
+        }
 
 
 def train_image_text(
@@ -134,71 +154,62 @@ def train_image_text(
         As `train_image` raises them.
     """
     settings = settings or Settings(learning_rate=1e-3, epochs=10, batch_size=128)
-    settings.check()
-    captions = [str(caption).strip() for caption in captions]
-    if len(captions) != len(images):
-        raise DataError(f"{len(captions)} captions for {len(images)} images; one each is needed.")
-    if empty := [row for row, caption in enumerate(captions) if not caption]:
-        raise DataError(f"caption {empty[0]} has no text; drop the pair.")
+    settings.check(chunks=False)
+    if settings.head_learning_rate is not None:
+        raise DataError("head_learning_rate is for classifiers, and there are none here.")
+    captions = _captions(images, captions)
+    held = None if validation is None else (validation[0], _captions(*validation))
     if len(set(captions)) < 2:
         raise DataError("all captions are the same text, so there is nothing to tell apart.")
     torch.manual_seed(settings.seed)
     rows = np.arange(len(images))
     network, preprocessing, base = usable_network(network, preprocessing, size, images, rows)
-    sizes = sizes_of(network, dims)
-    below, below_name = loaded_text_model(text_model)
+    sizes = sizes_of(network.dim, dims, lowest=8, weights=weights)
+    below, below_name, _ = loaded_text_model(text_model)
     run = Run(
         Path(output),
         {
             "image_model": image_fingerprint(network, preprocessing),
             "text_model": fingerprint(below),
             "images": image_hash(images, rows),
-            "captions": Examples("pairs", (captions,)).fingerprint(),
-            "dims": list(sizes),
+            "captions": Examples("labelled", (captions,)).fingerprint(),
+            "validation": None if held is None else image_hash(held[0], np.arange(len(held[0]))),
+            "dims": sizes,
             "freeze_text": freeze_text,
-            "weights": weights if isinstance(weights, str) else list(weights),
-            "augment": repr(augment),
+            "weights": weights,
+            "augment": None if augment is None else described(augment),
             "settings": settings.to_dict(),
         },
         fresh=fresh,
     )
     if run.finished:
-        sys.stderr.write(f"{output}: trained already\n")
-        return Trained(run.folder, sizes, last_metrics(run), run.records())
+        return Trained.of(run, sizes)
     width = below.get_embedding_dimension() or 0
     projection = modules.Dense(width, network.dim, bias=False, activation_function=nn.Identity())
     text = SentenceTransformer(modules=[*below, projection, modules.Normalize()], device="cpu")
     loss = NestedLoss(InfoNCE(scale=14.3, symmetric=True, learned=True), sizes, weights=weights)
 
-    def batch(chosen: list[int]) -> dict[str, Tensor]:
-        unique, place = np.unique([captions[row] for row in chosen], return_inverse=True)
-        tokens = text.preprocess(unique.tolist())
-        return {
-            "pixel_values": preprocessing(pick(images, np.array(chosen))),
-            "place": torch.from_numpy(place),
-            **{name: value for name, value in tokens.items() if isinstance(value, Tensor)},
-        }
-
     def validate() -> dict[str, float]:
-        assert validation is not None
-        held, said = validation[0], [str(caption).strip() for caption in validation[1]]
-        every = np.arange(len(held))
-        pictures = embed_images(network, preprocessing, held, every, settings.batch_size)
+        assert held is not None
+        pictures, said = held
+        every = np.arange(len(pictures))
+        rows = embed_images(network, preprocessing, pictures, every, settings.batch_size)
         unique, place = np.unique(said, return_inverse=True)
-        rows = text.encode(unique.tolist(), convert_to_tensor=True, show_progress_bar=False)
-        return pair_accuracy(pictures, rows.float()[torch.from_numpy(place)], sizes, said)
+        texts = text.encode(unique.tolist(), convert_to_tensor=True, show_progress_bar=False)
+        return pair_accuracy(
+            rows, texts.float()[torch.from_numpy(place)], sizes, (pictures.ids, said)
+        )
 
     trainer = ModuleTrainer(
         ImageTextTask(network, text, loss, augment=augment, freeze_text=freeze_text),
         Numbers(len(images)),
         run,
         settings=settings,
-        collate=batch,
-        validate=None if validation is None else validate,
+        collate=_Batch(images, preprocessing, captions, text),
+        validate=None if held is None else validate,
     )
-    trainer.go()
-    if is_first_process():
-        metrics = trainer.final_metrics()
+
+    def save(metrics: dict[str, float]) -> None:
         image_folder, text_folder = run.folder / "image", run.folder / "text"
         save_image_model(image_folder, network, preprocessing, sizes)
         with quiet():
@@ -222,6 +233,14 @@ pictures = nv.ImageEncoder("{run.folder.name}/image").encode(images)
 asks = nv.encode(texts, model="{run.folder.name}/text", role="query")   # of the same Space
 ```""",
         )
-        run.finish(metrics=metrics)
-    trainer.wait()
-    return Trained(run.folder, sizes, last_metrics(run), run.records())
+
+    return carry_out(trainer, run, sizes, save)
+
+
+def _captions(images: Images, captions: Sequence[str]) -> list[str]:
+    found = [str(caption).strip() for caption in captions]
+    if len(found) != len(images):
+        raise DataError(f"{len(found)} captions for {len(images)} images; one each is needed.")
+    if empty := [row for row, caption in enumerate(found) if not caption]:
+        raise DataError(f"caption {empty[0]} has no text; drop the pair.")
+    return found

@@ -51,6 +51,9 @@ class KeepNeighbours(nn.Module):
         self.weights = dim_weights(weights, len(self.dims))
         self.log_scales = nn.Parameter(torch.full((len(self.dims),), -math.log(self.temperature)))
 
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}, temperature={self.temperature:g}, weights={self.weights}"
+
     def forward(self, rows: Tensor, start: Tensor) -> Tensor:
         if rows.shape[0] != start.shape[0] or len(rows) < 3:
             raise DataError(

@@ -24,6 +24,9 @@ Weights = str | Sequence[float | int]
 PRESETS = ("uniform", "boost_low")
 
 
+_LARGEST = math.log(100.0)  # of a learned scale, as CLIP has it
+
+
 def cut(rows: Tensor, dim: int, *, normalise: bool) -> Tensor:
     """Return the first ``dim`` numbers of each row, L2-normalised after the cut if asked."""
     if not 1 <= dim <= rows.shape[-1]:
@@ -155,6 +158,12 @@ class NestedLoss(nn.Module):
         self.n_dims_per_step = n_dims_per_step
         self.generator = generator
 
+    def extra_repr(self) -> str:
+        return (
+            f"dims={self.dims}, weights={self.weights}, normalise={self.normalise}, "
+            f"n_dims_per_step={self.n_dims_per_step}"
+        )
+
     def forward(self, *embeddings: Tensor, **more: Any) -> Tensor:
         """Return the weighted sum over sizes."""
         n = len(embeddings) if self.n_embeddings is None else self.n_embeddings
@@ -206,13 +215,21 @@ class InfoNCE(nn.Module):
         super().__init__()
         log_scale = torch.tensor(float(scale)).log()
         self.log_scale = nn.Parameter(log_scale, requires_grad=learned)
+        self.start = float(scale)
         self.symmetric = symmetric
+
+    def extra_repr(self) -> str:
+        learned = self.log_scale.requires_grad
+        return f"scale={self.start:g}, symmetric={self.symmetric}, learned={learned}"
 
     def forward(
         self, queries: Tensor, documents: Tensor, hard: Tensor | None = None, *, offset: int = 0
     ) -> Tensor:
         self._check(len(queries), len(documents), 0 if hard is None else len(hard), offset)
-        scale = self.log_scale.exp().clamp(max=100.0)
+        if self.log_scale.requires_grad:
+            with torch.no_grad():  # not in the graph: beyond a limit there its gradient would be 0
+                self.log_scale.clamp_(max=_LARGEST)
+        scale = self.log_scale.exp()
         candidates = documents if hard is None else torch.cat([documents, hard])
         right = torch.arange(offset, offset + len(queries), device=queries.device)
         loss = F.cross_entropy(scale * queries @ candidates.T, right)
@@ -248,6 +265,9 @@ class SupervisedContrastive(nn.Module):
     def __init__(self, *, temperature: float | int = 0.1) -> None:
         super().__init__()
         self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature:g}"
 
     def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
         if len(rows) < 2 or labels.shape != rows.shape[:1] or labels.is_floating_point():
@@ -308,6 +328,9 @@ class NestedDropout(nn.Module):
             raise DataError(f"rate {rate!r} must lie between 0 and 1.")
         self.rate = rate
         self.generator = generator
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
 
     def forward(self, rows: Tensor) -> Tensor:
         if not self.training:

@@ -31,6 +31,9 @@ class CoSENT(nn.Module):
             raise DataError(f"scale {scale!r} must be above 0.")
         self.scale = float(scale)
 
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
+
     def forward(self, first: Tensor, second: Tensor, scores: Tensor) -> Tensor:
         if first.shape != second.shape or scores.shape != first.shape[:1]:
             raise DataError(

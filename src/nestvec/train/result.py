@@ -41,6 +41,11 @@ class Trained:
     metrics: dict[str, float]
     records: list[dict[str, Any]]
 
+    @classmethod
+    def of(cls, run: Run, dims: tuple[int, ...]) -> Trained:
+        """Return what stands in a folder."""
+        return cls(run.folder, dims, last_metrics(run), run.records())
+
 
 def last_metrics(run: Run) -> dict[str, float]:
     """Return the newest validation in the log."""

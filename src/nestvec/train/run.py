@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from nestvec._atomic import make_way, written_beside
 from nestvec.errors import StorageError, TrainingError
@@ -45,7 +48,7 @@ class Run:
 
     def __init__(self, folder: Path, asked: dict[str, Any], *, fresh: bool = False) -> None:
         self.folder = folder
-        self.asked = json.loads(json.dumps(asked))
+        self.asked = json.loads(json.dumps(asked, default=list))
         self.checkpoints = folder / CHECKPOINTS
         about = folder / ABOUT
         before: dict[str, Any] | None = None
@@ -76,8 +79,9 @@ class Run:
                 f"{folder} holds a training of another configuration: {'; '.join(differ)}. Ask for "
                 f"the same to go on with it, name another folder, or start anew with fresh=True."
             )
-        else:
-            self.finished = bool(before.get("finished"))
+        elif before.get("finished"):
+            self.finished = True
+            sys.stderr.write(f"{folder}: trained already\n")
         if before is None:
             self._write(finished=False)
 
@@ -127,6 +131,13 @@ class Run:
         with written_beside(self.folder / ABOUT) as scratch:
             text = json.dumps({"asked": self.asked, **found}, indent=2)
             scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def described(objective: Any) -> str:
+    """Return an objective in words that are the same in the next process."""
+    if isinstance(objective, nn.Module):
+        return repr(objective)
+    return f"{objective.__module__}.{objective.__qualname__}"
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,8 @@ import torch
 
 from nestvec.errors import DataError, MissingExtraError
 
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
+EVERY = ("save_every", "validate_every", "log_every")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -31,7 +34,7 @@ class Settings:
         small one, at the price of a second forward pass (GradCache, arXiv:2101.06983).
     learning_rate, weight_decay, warmup, schedule
         Of AdamW: peak rate, decay, share of the steps in which the rate rises, and how it falls
-        (``"linear"``, ``"cosine"``, ``"constant"``; any of transformers').
+        (``"linear"``, ``"cosine"``, ``"constant"``, ``"constant_with_warmup"``, ``"polynomial"``).
     head_learning_rate
         Of classifiers, which start from nothing; None takes ``learning_rate``, and 0.01 in
         `train_text`, where all else was trained before.
@@ -74,12 +77,20 @@ class Settings:
             raise DataError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}.")
         wrong = [
             (name, value)
-            for name in ("batch_size", "chunk_size", "learning_rate", "epochs", "save_every")
+            for name in ("batch_size", "chunk_size", "learning_rate", "epochs", *EVERY)
             if (value := getattr(self, name)) is not None and not value > 0
         ]
         if wrong and not (wrong == [("epochs", self.epochs)] and self.max_steps > 0):
             name, value = wrong[0]
             raise DataError(f"{name} {value!r} must be above 0.")
+        shares = {"warmup": self.warmup, "weight_decay": self.weight_decay}
+        for name, value in shares.items():
+            if not 0 <= value < 1:
+                raise DataError(f"{name} {value!r} is not a share: 0 to below 1.")
+        if self.schedule not in SCHEDULES:
+            raise DataError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
+        if self.max_steps == 0 or self.seed < 0 or self.workers < 0:
+            raise DataError("max_steps 0 trains nothing, and seed and workers are 0 or more.")
         if self.batch_size % n_processes():
             raise DataError(
                 f"batch_size {self.batch_size} cannot be shared by {n_processes()} processes; give "
@@ -88,11 +99,13 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the result; not where it is logged, nor how often."""
-        beside = {"save_every", "validate_every", "log_every", "log_to", "workers"}
+        beside = {*EVERY, "log_to", "workers"}
         return {key: value for key, value in asdict(self).items() if key not in beside}
 
-    def check(self) -> None:
-        """Raise what does not fit this machine, before anything is written."""
+    def check(self, *, chunks: bool = True) -> None:
+        """Raise what does not fit this machine or task, before anything is written."""
+        if self.chunk_size is not None and not chunks:
+            raise DataError("chunk_size is for texts: batch norm would see one chunk at a time.")
         if self.precision == "float16" and not torch.cuda.is_available():
             raise DataError("float16 needs an accelerator: choose bfloat16 or float32.")
         _check_loggers(self.log_to)
@@ -101,27 +114,42 @@ class Settings:
         """Return the learning rate of heads that start from nothing."""
         return float(self.head_learning_rate or default or self.learning_rate)
 
-    def arguments(self, folder: Path, *, n_rows: int, kind: type[Any], **more: Any) -> Any:
+    def arguments(
+        self,
+        folder: Path,
+        *,
+        n_rows: int,
+        kind: type[Any],
+        ddp_find_unused_parameters: bool = False,
+        **more: Any,
+    ) -> Any:
         """Return these settings as transformers' TrainingArguments (or a subclass, ``kind``)."""
         on_gpu = torch.cuda.is_available()
         precision = self.precision
         if precision == "auto":
             precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        batch = max(n_processes(), min(self.batch_size, n_rows) // n_processes() * n_processes())
+        steps = self.max_steps if self.max_steps > 0 else n_rows // batch * self.epochs
+        warmup = math.ceil(self.warmup * steps)
+        if "tensorboard" in self.log_to:  # beside the checkpoints, which go at the end
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "runs")
         made = kind(
             output_dir=str(folder),
             num_train_epochs=self.epochs,
             max_steps=self.max_steps,
-            per_device_train_batch_size=max(1, min(self.batch_size, n_rows) // n_processes()),
+            # a batch is made once, then shared out: the same one for any number of processes
+            per_device_train_batch_size=batch,
+            accelerator_config={"split_batches": True},
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            warmup_steps=self.warmup,
+            warmup_steps=warmup if warmup > 1 else 0,  # the first of them has rate 0
             lr_scheduler_type=self.schedule,
             max_grad_norm=self.max_grad_norm,
             bf16=precision == "bfloat16",
             fp16=precision == "float16",
             use_cpu=not on_gpu and not torch.backends.mps.is_available(),
             ddp_backend="gloo" if n_processes() > 1 and not on_gpu else None,
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=ddp_find_unused_parameters,
             seed=self.seed,
             data_seed=self.seed,
             save_strategy="steps",

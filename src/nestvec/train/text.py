@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,21 @@ from torch import Tensor, nn
 from nestvec._extras import require
 from nestvec.corpus.examples import Examples, Kind
 from nestvec.encoders._quiet import quiet
+from nestvec.encoders.base import Role
 from nestvec.encoders.fingerprint import fingerprint
-from nestvec.errors import DataError, DimensionError, ModelError
-from nestvec.space import halving, parse_dims
+from nestvec.errors import DataError, ModelError
+from nestvec.train.batches import BatchesApart
 from nestvec.train.card import declare_dims, write_card
 from nestvec.train.heads import ClassLabels, NestedClassifier
 from nestvec.train.keeping import KeepNeighbours
 from nestvec.train.objectives import InfoNCE, NestedLoss
 from nestvec.train.ranking import CoSENT
-from nestvec.train.result import Trained, last_metrics, save_classifier
-from nestvec.train.run import Run
+from nestvec.train.result import Trained, save_classifier
+from nestvec.train.run import Run, described
 from nestvec.train.sentence_transformer import SentenceTransformerLoss
-from nestvec.train.settings import Settings, is_first_process
-from nestvec.train.trainer import Careful
+from nestvec.train.settings import Settings
+from nestvec.train.sizes import sizes_of
+from nestvec.train.trainer import Careful, carry_out
 from nestvec.train.validation import Validate, label_accuracy, pair_accuracy, rank_correlation
 
 for _module in ("sentence_transformers", "accelerate", "datasets"):
@@ -39,13 +40,13 @@ from sentence_transformers import (  # noqa: E402  # likewise
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.sampler import BatchSamplers  # noqa: E402  # likewise
 
-COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "pairs": ("anchor", "positive"),
-    "triplets": ("anchor", "positive", "negative"),
-    "scored": ("sentence1", "sentence2"),
-    "labelled": ("text",),
+#: Kind -> the columns of its dataset, and what the text in each is
+COLUMNS: dict[Kind, dict[str, Role]] = {
+    "pairs": {"anchor": "query", "positive": "document"},
+    "triplets": {"anchor": "query", "positive": "document", "negative": "document"},
+    "scored": {"sentence1": "document", "sentence2": "document"},
+    "labelled": {"text": "document"},
 }
 HOLDOUT_SHARE, HOLDOUT_MOST = 0.05, 1000
 HEAD_RATE = 1e-2
@@ -53,6 +54,14 @@ HEAD_RATE = 1e-2
 
 class TextTrainer(Careful, SentenceTransformerTrainer):
     """sentence-transformers' Trainer, made careful."""
+
+    #: Columns of text of which a batch holds none twice.
+    apart: tuple[list[str], ...] = ()
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        if not self.apart or dataset is not self.train_dataset:
+            return super().get_batch_sampler(dataset, batch_size, *args, **kwargs)
+        return BatchesApart(self.apart, batch_size=batch_size, seed=self.args.seed)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Add none: the card is ours, with a row a size."""
@@ -126,92 +135,82 @@ def train_text(
     """
     settings = settings or Settings()
     settings.check()
-    model, base = loaded_text_model(model)
-    full = model.get_embedding_dimension()
-    sizes = _sizes(dims, full)
+    model, base, prompts = loaded_text_model(model)
+    sizes = sizes_of(model.get_embedding_dimension(), dims, lowest=16, weights=weights)
     train, held_out = _split(examples, validation, holdout, settings.seed)
     if len(train) < 2:
         raise DataError(f"{len(train)} rows to train on; at least 2 are needed.")
-    trainable = {p: p.requires_grad for p in model.parameters()}
-    _freeze(model, freeze_layers)
-    run = Run(
-        Path(output),
-        {
-            "model": fingerprint(model),
-            "examples": train.fingerprint(),
-            "dims": list(sizes),
-            "objective": repr(objective) if objective is not None else "usual",
-            "keep": float(keep),
-            "weights": weights if isinstance(weights, str) else list(weights),
-            "n_dims_per_step": n_dims_per_step,
-            "freeze_layers": freeze_layers,
-            "settings": settings.to_dict(),
-        },
-        fresh=fresh,
-    )
-    if run.finished:
-        sys.stderr.write(f"{output}: trained already\n")
-        return Trained(run.folder, sizes, last_metrics(run), run.records())
-    _freeze_unused(model, examples.texts[0][0])
     torch.manual_seed(settings.seed)  # of heads that are made here
     made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
     chosen = made if objective is None else objective
-    head = head if objective is None else None
-    validate = None if held_out is None else _validation(model, held_out, sizes, head)
-    kept = KeepNeighbours(sizes, weights=weights) if keep else None
-    fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
-    rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
-    arguments = settings.arguments(
-        run.checkpoints,
-        n_rows=len(train),
-        kind=SentenceTransformerTrainingArguments,
-        learning_rate_mapping=rates,
-        batch_sampler=BatchSamplers.NO_DUPLICATES
-        if examples.kind in ("pairs", "triplets")
-        else BatchSamplers.BATCH_SAMPLER,
-    )
-    trainer = TextTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=_dataset(train),
-        loss=SentenceTransformerLoss(
-            model, chosen, chunk_size=settings.chunk_size, keep=kept, keep_weight=keep
-        ),
-    )
-    trainer.beside = tuple(m for m in (chosen, kept) if isinstance(m, nn.Module))
-    trainer.be_careful(run, settings=settings, validate=validate)
-    trainer.go()
-    for parameter, was in trainable.items():
-        parameter.requires_grad_(was)
-    if is_first_process():
-        metrics = trainer.final_metrics()
-        _save(model, run, sizes, base, metrics, examples, head, settings)
-        run.finish(metrics=metrics)
-    trainer.wait()
-    return Trained(run.folder, sizes, last_metrics(run), run.records())
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    _freeze(model, freeze_layers)
+    try:
+        run = Run(
+            Path(output),
+            {
+                "model": fingerprint(model),
+                "examples": train.fingerprint(),
+                "validation": None if held_out is None else held_out.fingerprint(),
+                "dims": sizes,
+                "objective": "usual" if objective is None else described(objective),
+                "keep": float(keep),
+                "weights": weights,
+                "n_dims_per_step": n_dims_per_step,
+                "freeze_layers": freeze_layers,
+                "settings": settings.to_dict(),
+            },
+            fresh=fresh,
+        )
+        if run.finished:
+            return Trained.of(run, sizes)
+        head = head if objective is None else None
+        validate = None
+        if held_out is not None:
+            validate = _validation(model, prompts, held_out, sizes, head)
+        _freeze_unused(model, examples.texts[0][0])
+        kept = KeepNeighbours(sizes, weights=weights) if keep else None
+        fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
+        rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
+        columns = COLUMNS[examples.kind]
+        trainer = TextTrainer(
+            model=model,
+            args=settings.arguments(
+                run.checkpoints,
+                n_rows=len(train),
+                kind=SentenceTransformerTrainingArguments,
+                learning_rate_mapping=rates,
+                prompts={name: prompts[role] for name, role in columns.items() if prompts[role]},
+            ),
+            train_dataset=_dataset(train),
+            loss=SentenceTransformerLoss(
+                model, chosen, chunk_size=settings.chunk_size, keep=kept, keep_weight=keep
+            ),
+        )
+        if examples.kind in ("pairs", "triplets"):
+            trainer.apart = train.texts
+        trainer.beside = tuple(m for m in (chosen, kept) if isinstance(m, nn.Module))
+        trainer.be_careful(run, settings=settings, validate=validate)
+
+        def save(metrics: dict[str, float]) -> None:
+            own = validation is None
+            _save(model, run, sizes, base, metrics, len(train), own, examples, head, settings)
+
+        return carry_out(trainer, run, sizes, save)
+    finally:
+        for parameter, was in trainable.items():
+            parameter.requires_grad_(was)
+        model.eval()
 
 
-def loaded_text_model(model: Any) -> tuple[SentenceTransformer, str]:
-    """Return a model to train, and a name for it."""
-    if isinstance(model, SentenceTransformer):
-        return model, getattr(model.model_card_data, "base_model", None) or "a model of one's own"
+def loaded_text_model(model: Any) -> tuple[SentenceTransformer, str, dict[Role, str]]:
+    """Return a model to train, a name for it, and its prompts."""
     from nestvec.encoders import TextEncoder
 
     encoder = TextEncoder(model)
     if not isinstance(encoder.model, SentenceTransformer):
         raise ModelError(f"{model!r} is no sentence-transformers model, so it cannot be trained.")
-    return encoder.model, encoder.space.model or str(model)
-
-
-def _sizes(dims: Iterable[int] | str | None, full: int | None) -> tuple[int, ...]:
-    if full is None:
-        raise ModelError("the model does not say how long its vectors are.")
-    sizes = halving(full) if dims is None else parse_dims(dims)
-    if max(sizes) > full:
-        raise DimensionError(
-            f"size {max(sizes)} does not fit a model of dim {full}; choose sizes up to {full}."
-        )
-    return tuple(sorted({*sizes, full}))
+    return encoder.model, encoder.space.model or encoder.source, encoder.prompts
 
 
 def _split(
@@ -227,10 +226,21 @@ def _split(
         raise DataError(f"holdout {holdout!r} is not a share: 0 to below 1.")
     n = len(examples)
     size = min(int(HOLDOUT_SHARE * n), HOLDOUT_MOST) if holdout is None else int(holdout * n)
-    if size < 2:  # nothing can be ranked
+    if size < 2:
+        if holdout:
+            raise DataError(f"holdout {holdout!r} of {n} rows is {size}; at least 2 are needed.")
         return examples, None
-    order = np.random.default_rng(seed).permutation(n)
-    return examples[np.sort(order[size:])], examples[np.sort(order[:size])]
+    # All rows of a first text (a query) go to one side: what is held out was not trained on.
+    number: dict[str, int] = {}
+    group = np.array([number.setdefault(text, len(number)) for text in examples.texts[0]])
+    rank = np.random.default_rng(seed).permutation(len(number))[group]
+    order = np.argsort(rank, kind="stable")
+    cut = size
+    while cut < n and rank[order[cut]] == rank[order[cut - 1]]:
+        cut += 1
+    if n - cut < 2:  # one query has nearly all rows
+        return examples, None
+    return examples[np.sort(order[cut:])], examples[np.sort(order[:cut])]
 
 
 def _freeze(model: Any, n_layers: int) -> None:
@@ -249,8 +259,8 @@ def _freeze(model: Any, n_layers: int) -> None:
 def _freeze_unused(model: Any, text: str) -> None:
     """Freeze what no vector depends on, like BERT's pooler; several processes would wait for it."""
     features = {
-        k: v.to(model.device) if isinstance(v, Tensor) else v
-        for k, v in model.preprocess([text]).items()
+        name: value.to(model.device) if isinstance(value, Tensor) else value
+        for name, value in model.preprocess([text]).items()
     }
     with torch.enable_grad():
         model(features)["sentence_embedding"].sum().backward()
@@ -277,21 +287,31 @@ def _objective(
 
 
 def _validation(
-    model: Any, examples: Examples, dims: tuple[int, ...], head: NestedClassifier | None
+    model: Any,
+    prompts: dict[Role, str],
+    examples: Examples,
+    dims: tuple[int, ...],
+    head: NestedClassifier | None,
 ) -> Validate | None:
-    def encode(texts: list[str]) -> Tensor:
+    roles = list(COLUMNS[examples.kind].values())
+
+    def encode(column: int) -> Tensor:
         return model.encode(
-            texts, convert_to_tensor=True, show_progress_bar=False, truncate_dim=None
+            examples.texts[column],
+            prompt=prompts[roles[column]] or None,
+            convert_to_tensor=True,
+            show_progress_bar=False,
+            truncate_dim=None,
         ).float()
 
     texts, targets = examples.texts, examples.targets
     if examples.kind == "labelled":
         if head is None:  # an objective of the user's own: nothing says what the labels are for
             return None
-        return lambda: label_accuracy(head, encode(texts[0]), targets)
+        return lambda: label_accuracy(head, encode(0), targets)
     if examples.kind == "scored":
-        return lambda: rank_correlation(encode(texts[0]), encode(texts[1]), targets, dims)
-    return lambda: pair_accuracy(encode(texts[0]), encode(texts[1]), dims, texts[1])
+        return lambda: rank_correlation(encode(0), encode(1), targets, dims)
+    return lambda: pair_accuracy(encode(0), encode(1), dims, texts)
 
 
 def _dataset(examples: Examples) -> Dataset:
@@ -307,6 +327,8 @@ def _save(
     dims: tuple[int, ...],
     base: str,
     metrics: Mapping[str, float],
+    n_trained: int,
+    held_out: bool,
     examples: Examples,
     head: NestedClassifier | None,
     settings: Settings,
@@ -324,8 +346,8 @@ def _save(
         base=base,
         dims=dims,
         metrics=metrics,
-        measured_on="rows that were held out",
-        trained_on=f"{len(examples):,} rows ({examples.kind})",
+        measured_on="rows that were held out" if held_out else "validation data given with it",
+        trained_on=f"{n_trained:,} rows ({examples.kind})",
         settings=settings.to_dict(),
         usage=f"""```python
 from sentence_transformers import SentenceTransformer

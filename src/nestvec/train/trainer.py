@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from nestvec._extras import require
 from nestvec._progress import progress
 from nestvec.encoders._quiet import quiet
 from nestvec.errors import StorageError, TrainingError
+from nestvec.train.result import Trained
 from nestvec.train.run import Run
 from nestvec.train.settings import Settings, is_first_process, n_processes
 from nestvec.train.validation import Validate
@@ -45,20 +46,27 @@ class Careful:
         """Take the run's folder and its validation; call it once, after ``__init__``."""
         self.run, self.validate = run, validate
         self.remove_callback(PrinterCallback)  # it writes to stdout, which is for results
-        self.add_callback(_Reporter(run, settings, validate is not None))
+        self.reporter = _Reporter(run, settings, validate is not None)
+        self.add_callback(self.reporter)
 
     def go(self: Any) -> None:
         """Train from the last checkpoint, or from the start."""
-        checkpoint = self.run.last_checkpoint()
         if is_first_process():
             self.run.drop_torn()
+        self.wait()  # so that no process looks at what is being removed
+        checkpoint = self.run.last_checkpoint()
         step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         if is_first_process():
             self.run.keep_log_until(step)
             if step:
                 sys.stderr.write(f"going on from step {step:,}\n")
-        with quiet():
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if n_processes() > 1:  # shifts and dropout differ between processes, as within a batch
+            torch.manual_seed(self.args.seed + torch.distributed.get_rank())
+        try:
+            with quiet():
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            self.reporter.close()
 
     def final_metrics(self: Any) -> dict[str, float]:
         """Return the validation of the model as it stands; the log has it too."""
@@ -76,22 +84,25 @@ class Careful:
             self._stop(f"the loss is {loss.item()}")
         return loss
 
+    def _clip_grad_norm(self: Any, model: nn.Module) -> Any:
+        return self._norm(model, self.args.max_grad_norm)
+
     def _get_grad_norm(self: Any, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
-        if n_processes() > 1:
-            self._average_beside()
+        norm = self._norm(model, math.inf) if grad_norm is None else grad_norm
         # float16 expects gradients that overflow: its scaler leaves the step out.
         if not self.args.fp16 and not math.isfinite(float(norm)):
             self._stop(f"the gradient's length is {float(norm)}")
         return norm
 
-    def _average_beside(self) -> None:
-        """Do for the modules beside the model what DistributedDataParallel does for the model."""
-        for module in self.beside:
-            for parameter in module.parameters():
+    def _norm(self: Any, model: nn.Module, most: float | int) -> Any:
+        """Clip the gradients of the model and of what is beside it together, and say how long."""
+        others = [parameter for module in self.beside for parameter in module.parameters()]
+        if n_processes() > 1:  # what DistributedDataParallel does for the model
+            for parameter in others:
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
                     parameter.grad /= n_processes()
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *others], most)
 
     def _stop(self: Any, why: str) -> None:
         step = self.state.global_step + 1
@@ -119,9 +130,8 @@ class Careful:
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
-        except (
-            Exception
-        ) as error:  # torch's own are riddles ("unexpected pos"), so the disk is asked
+        except Exception as error:
+            # torch's words for a full disk are riddles ("unexpected pos"), so the disk is asked
             full = shutil.disk_usage(self.run.folder).free < _FULL
             if not full and not isinstance(error, OSError):
                 raise
@@ -137,26 +147,33 @@ class Careful:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)  # pyright: ignore[reportAttributeAccessIssue]
+        self._save_beside(Path(output_dir or ""))
+
+    def _save_beside(self: Any, folder: Path) -> None:
         for number, module in enumerate(self.beside):
-            state = {name: value.contiguous() for name, value in module.state_dict().items()}
-            for name, generator in _generators(module).items():
-                state[name] = generator.get_state()
-            save_file(state, Path(output_dir or "") / f"beside-{number}.safetensors")
+            save_model(module, str(folder / f"beside-{number}.safetensors"))
+        drawn = {name: one.get_state() for name, one in self._generators().items()}
+        if drawn:
+            save_file(drawn, folder / "generators.safetensors")
 
     def _load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for number, module in enumerate(self.beside):
-            path = Path(checkpoint) / f"beside-{number}.safetensors"
-            state = load_file(path)
-            for name, generator in _generators(module).items():
-                generator.set_state(state.pop(name))
-            module.load_state_dict(state)
+            load_model(module, str(Path(checkpoint) / f"beside-{number}.safetensors"))
+        if generators := self._generators():
+            drawn = load_file(Path(checkpoint) / "generators.safetensors")
+            for name, generator in generators.items():
+                generator.set_state(drawn[name])
 
-
-def _generators(module: nn.Module) -> dict[str, torch.Generator]:
-    """Return the random generators that modules own, which no state_dict holds."""
-    found = {f"{n}.generator": getattr(m, "generator", None) for n, m in module.named_modules()}
-    return {name: one for name, one in found.items() if isinstance(one, torch.Generator)}
+    def _generators(self: Any) -> dict[str, torch.Generator]:
+        """Return the random generators that modules own, which no state_dict holds."""
+        modules = (
+            (f"{number}.{name}", module)
+            for number, root in enumerate((self.model, *self.beside))
+            for name, module in root.named_modules()
+        )
+        found = ((name, getattr(module, "generator", None)) for name, module in modules)
+        return {name: one for name, one in found if isinstance(one, torch.Generator)}
 
 
 class ModuleTrainer(Careful, Trainer):
@@ -176,11 +193,25 @@ class ModuleTrainer(Careful, Trainer):
         validate: Validate | None = None,
         head: nn.Module | None = None,
     ) -> None:
-        arguments = settings.arguments(run.checkpoints, n_rows=len(dataset), kind=TrainingArguments)
+        arguments = settings.arguments(
+            run.checkpoints,
+            n_rows=len(dataset),
+            kind=TrainingArguments,
+            # else a pooler that nothing uses stops DistributedDataParallel with a riddle
+            ddp_find_unused_parameters=n_processes() > 1,
+        )
         super().__init__(model=module, args=arguments, train_dataset=dataset, data_collator=collate)
         self.be_careful(run, settings=settings, validate=validate)
         self.model_accepts_loss_kwargs = False  # **kwargs of a forward are its inputs, no counts
         self.head, self.head_rate = head, settings.head_rate()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Not the Trainer's own: tied weights would be refused.
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(self.model, nn.Module)
+        save_model(self.model, str(folder / "model.safetensors"))
+        self._save_beside(folder)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         made = super().create_optimizer(model)
@@ -227,5 +258,19 @@ class _Reporter(TrainerCallback):
             words = " ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in metrics.items())
             sys.stderr.write(f"step {state.global_step:,}: {words}\n")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Take the bar away, also after an error."""
         self.stack.close()
+
+
+def carry_out(
+    trainer: Any, run: Run, dims: tuple[int, ...], save: Callable[[dict[str, float]], None]
+) -> Trained:
+    """Train, validate a last time, let the first process ``save(metrics)``, and finish the run."""
+    trainer.go()
+    if is_first_process():
+        metrics = trainer.final_metrics()
+        save(metrics)
+        run.finish(metrics=metrics)
+    trainer.wait()
+    return Trained.of(run, dims)

@@ -31,26 +31,33 @@ def rank_correlation(
 
 
 def pair_accuracy(
-    queries: Tensor, documents: Tensor, dims: Sequence[int], texts: Sequence[str]
+    queries: Tensor, documents: Tensor, dims: Sequence[int], texts: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Return how often a query's own document is the closest of all, by size.
+    """Return how often the closest of all documents is one of a query's own, by size.
 
-    Documents of one text are one document: any of them will do.
+    ``texts`` are those of the queries and of the documents: a text that recurs is one query with
+    several documents, or one document.
     """
-    same = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    own = torch.tensor([same[text] for text in texts], device=documents.device)
+    asked, said = texts[0], texts[1]
+    own = set(zip(asked, said, strict=True))
     found = {}
     for dim in dims:
-        asked, there = (cut(rows, dim, normalise=True) for rows in (queries, documents))
-        right = torch.cat(
-            [
-                own[(some @ there.T).argmax(dim=1)] == mine
-                for some, mine in zip(
-                    asked.split(_ROWS_AT_ONCE), own.split(_ROWS_AT_ONCE), strict=True
-                )
-            ]
-        )
-        found[f"top1@{dim}"] = float(right.float().mean())
+        closest = _closest(queries, documents, dim)
+        hits = [(query, said[place]) in own for query, place in zip(asked, closest, strict=True)]
+        found[f"top1@{dim}"] = sum(hits) / len(hits)
+    return found
+
+
+def _closest(rows: Tensor, others: Tensor, dim: int, *, not_self: bool = False) -> list[int]:
+    """Return the place of the row of largest cosine, a part of the rows at a time."""
+    asked, there = (cut(side, dim, normalise=True) for side in (rows, others))
+    found: list[int] = []
+    for some in asked.split(_ROWS_AT_ONCE):
+        scores = some @ there.T
+        if not_self:
+            own = torch.arange(len(some), device=scores.device)
+            scores[own, own + len(found)] = float("-inf")
+        found += scores.argmax(dim=1).tolist()
     return found
 
 
@@ -65,10 +72,8 @@ def label_accuracy(head: NestedClassifier, rows: Tensor, labels: Any) -> dict[st
 
 def neighbour_accuracy(rows: Tensor, labels: Any, dims: Sequence[int]) -> dict[str, float]:
     """Return how often the closest other row has a row's label, by size."""
-    right = torch.as_tensor(labels, device=rows.device)
-    found = {}
-    for dim in dims:
-        unit = cut(rows, dim, normalise=True)
-        scores = (unit @ unit.T).fill_diagonal_(float("-inf"))
-        found[f"1nn@{dim}"] = float((right[scores.argmax(dim=1)] == right).float().mean())
-    return found
+    right = np.asarray(labels)
+    return {
+        f"1nn@{dim}": float((right[_closest(rows, rows, dim, not_self=True)] == right).mean())
+        for dim in dims
+    }
