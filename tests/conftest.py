@@ -22,3 +22,10 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no evaluation data at {folder}: set NESTVEC_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_blas_thread():
+    """For small fits: more threads than one only wait for each other."""
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):
+        yield

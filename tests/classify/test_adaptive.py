@@ -11,6 +11,8 @@ import nestvec as nv
 from nestvec.classify import AdaptiveClassifier, choose_thresholds
 from nestvec.errors import DataError, DimensionError, ModelError, SpaceMismatchError
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 DIMS = (4, 8, 32)
 
 

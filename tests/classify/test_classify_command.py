@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 import nestvec as nv
 from nestvec.cli import app
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 
 def run(*words, code=0):
     done = CliRunner().invoke(app, [str(w) for w in words])

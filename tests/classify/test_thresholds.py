@@ -8,6 +8,8 @@ import pytest
 from nestvec.classify import apply_cascade, choose_thresholds, score_cascade
 from nestvec.errors import DataError, DimensionError
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 DIMS = (8, 16, 64)
 
 
