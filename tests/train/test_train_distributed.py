@@ -97,6 +97,7 @@ def work(rank, folder):
     except DataError as error:
         found["uneven"] = str(error)
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # the first to leave would take the other's connection away
     dist.destroy_process_group()
 
 

@@ -324,6 +324,8 @@ def _weights(given: str) -> Any:
 
 
 def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: bool) -> None:
+    import torch.distributed as dist
+
     from nestvec.train.card import size_table
     from nestvec.train.settings import is_first_process
 
@@ -333,6 +335,9 @@ def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: b
         if is_first_process():
             note("\nthe last checkpoint is kept: the same command goes on from it")
         raise
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     if not is_first_process():
         return
     if json:

@@ -71,10 +71,11 @@ class NestedMaskedLM(nn.Module):
         if embedding is None:
             return nn.Parameter(0.02 * torch.randn(wanted))  # as BERT begins
         matrix = embedding.weight if isinstance(embedding, nn.Embedding) else embedding
-        if tuple(matrix.shape) != wanted:
+        n_tokens, width = matrix.shape
+        if n_tokens != self.vocab_size or width < self.dims[-1]:
             raise DimensionError(
                 f"an embedding matrix {tuple(matrix.shape)} does not fit {self.vocab_size} tokens "
-                f"and sizes {self.dims}: it has to be {wanted}."
+                f"and sizes {self.dims}: it has to be {wanted}, or wider."
             )
         if not isinstance(matrix, nn.Parameter):
             raise DataError("the embedding's weight is no nn.Parameter, so it cannot be shared.")
