@@ -26,8 +26,9 @@ from nestvec.encoders.shared_space import share
 from nestvec.errors import DataError
 from nestvec.train.card import declare_dims, write_card
 from nestvec.train.distributed import gathered
-from nestvec.train.image import Numbers, embed_images, image_hash, pick, usable_network
+from nestvec.train.image import usable_network
 from nestvec.train.objectives import InfoNCE, NestedLoss
+from nestvec.train.pixels import Numbers, embed_images, image_hash, pick
 from nestvec.train.result import Trained
 from nestvec.train.run import Run, described
 from nestvec.train.settings import Settings
