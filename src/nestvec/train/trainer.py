@@ -41,6 +41,8 @@ class Careful:
 
     #: Modules that are trained but are not part of ``model``.
     beside: tuple[nn.Module, ...] = ()
+    #: The step of the newest validation, and what it found.
+    validated: tuple[int, dict[str, float]] = (-1, {})
 
     def be_careful(self: Any, run: Run, *, settings: Settings, validate: Validate | None) -> None:
         """Take the run's folder and its validation; call it once, after ``__init__``."""
@@ -70,7 +72,9 @@ class Careful:
 
     def final_metrics(self: Any) -> dict[str, float]:
         """Return the validation of the model as it stands; the log has it too."""
-        found = self.evaluate()
+        step, found = self.validated
+        if step != self.state.global_step:
+            found = self.evaluate()
         return {name.removeprefix("eval_"): value for name, value in found.items()}
 
     def wait(self) -> None:
@@ -121,6 +125,7 @@ class Careful:
             with torch.no_grad():
                 found = {f"eval_{name}": value for name, value in self.validate().items()}
             self.model.train(training)
+        self.validated = self.state.global_step, found
         self.log(dict(found))  # which adds the epoch to it
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics=found
