@@ -248,7 +248,22 @@ def table(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def run_parts(
+    name: str,
+    parts: Mapping[str, Callable[[], list[dict[str, Any]]]],
+    meta: Mapping[str, Any],
+    *,
+    only: str | None,
+) -> None:
+    """Run every part and write the result file, or run one part and print it."""
+    rows = []
+    for part, run in parts.items():
+        if only in (None, part):
+            print(part, flush=True)
+            rows += run()
+    if only is None:
+        _frame.write(name, rows, meta)
+        return
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
 

@@ -534,15 +534,7 @@ def main() -> None:
         precision=PRECISION,
         recipe={**RECIPES, "captions": CAPTIONS, "size": SIZE},
     )
-    rows = []
-    for name, part in parts.items():
-        if chosen.only in (None, name):
-            print(name, flush=True)
-            rows += part()
-    if chosen.only is None:
-        _frame.write(NAME, rows, meta)
-    else:
-        _training.show(rows)
+    _training.run_parts(NAME, parts, meta, only=chosen.only)
 
 
 if __name__ == "__main__":

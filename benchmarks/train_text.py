@@ -412,7 +412,8 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
             theirs(encoder, first, second, folder, settings, cached=method.endswith("cached"))
         return {**vectors_of(encoder), "seconds": np.float64(time.perf_counter() - started)}
 
-    modules = ("objectives", "chunked", "sentence_transformer") if "ours" in method else ()
+    ours = ("objectives", "chunked", "sentence_transformer", "keeping", "batches")
+    modules = ours if "ours" in method else ()
     return _training.kept(NAME, recipe, make, code=_training.trained_by(*modules))
 
 
@@ -722,15 +723,7 @@ def main() -> None:
         "pairs": lambda: peers(seeds),
         "masked_lm": lambda: masked_lm(seeds[0]),
     }
-    rows = []
-    for name, part in parts.items():
-        if chosen.only in (None, name):
-            print(name, flush=True)
-            rows += part()
-    if chosen.only is None:
-        _frame.write(NAME, rows, meta)
-    else:
-        _training.show(rows)
+    _training.run_parts(NAME, parts, meta, only=chosen.only)
 
 
 if __name__ == "__main__":

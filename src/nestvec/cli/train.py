@@ -164,11 +164,9 @@ def text(
     json: Json = False,
 ) -> None:
     """Train a text model to be nested. Interrupted, the same command goes on."""
-    from nestvec.corpus.examples import KINDS, read_examples
+    from nestvec.corpus.examples import read_examples
     from nestvec.train import Settings, train_text
 
-    if kind is not None and kind not in KINDS:
-        fail(f"--kind {kind!r} is not one of {', '.join(KINDS)}.")
     named = {"columns": columns.split(",") if columns else None, "kind": kind}
     examples = read_examples(source, split=split, **named)
     held_out = None
