@@ -39,16 +39,20 @@ def _modes(free: Path) -> tuple[int, int]:
     return stat.S_IMODE(file), stat.S_IMODE(folder)
 
 
-def _sync_tree(path: Path, file_mode: int, folder_mode: int) -> None:
-    inside = list(path.rglob("*")) if path.is_dir() else []
-    for entry in [*inside, path]:
+def sync_tree(path: Path) -> None:
+    """Make a file, or a folder and all that is in it, survive a power cut."""
+    for entry in [*(path.rglob("*") if path.is_dir() else ()), path]:
         if entry.is_dir():
-            entry.chmod(folder_mode)
             sync_folder(entry)
         else:
-            entry.chmod(file_mode)  # some libraries make files that only their owner reads
             with entry.open("rb") as handle:
                 os.fsync(handle.fileno())
+
+
+def _open_to(path: Path, file_mode: int, folder_mode: int) -> None:
+    # Some libraries make files that only their owner reads.
+    for entry in [*(path.rglob("*") if path.is_dir() else ()), path]:
+        entry.chmod(folder_mode if entry.is_dir() else file_mode)
 
 
 def _put_in_place(scratch: Path, target: Path) -> None:
@@ -117,7 +121,8 @@ def written_beside(target: str | os.PathLike[str], *, ours: Collection[str] = ()
     try:
         modes = _modes(scratch)
         yield scratch
-        _sync_tree(scratch, *modes)
+        _open_to(scratch, *modes)
+        sync_tree(scratch)
         _put_in_place(scratch, target)
         sync_folder(target.parent)
     except NestvecError:

@@ -1,0 +1,27 @@
+"""The loops that search spends its time in, over integer codes and memory-mapped vectors.
+
+All take a block of queries and write into the arrays they are handed, best first, ties to the lower
+row, `NOTHING` where fewer rows were found. They are single-threaded and let go of the interpreter's
+lock, so threads come from the caller. Codes are uint8, offset by 128, queries int8; both are padded
+to a multiple of 32 dims.
+
+- ``scan(codes, queries, alive, scores, rows)``: every row, or every row that is alive.
+- ``scan_lists(codes, starts, numbers, probes, queries, alive, scores, rows)``: the codes of some
+  lists; list i holds ``codes[starts[i]:starts[i + 1]]`` of the rows ``numbers[...]``.
+- ``walk(links, upper, level_starts, upper_rows, down, codes, queries, seen, clock, scores, rows)``:
+  a navigable graph, with as long a list of candidates as ``rows`` is wide.
+- ``rescore(codes, queries, shortlists, scores, rows)``: the rows of a shortlist, by their codes.
+- ``rerank(words, sums, queries, shortlists, scores, rows)``: by their float32 or float16 vectors,
+  handed over as uint32 or uint16 words, L2-normalised after the cut. The sum of a row's words (as
+  far as the queries reach) has to be that of ``sums``: returns a row where it is not, else
+  `NOTHING`.
+"""
+
+from nestvec._extras import require
+
+require("numba", extra="index", why="searching an index")
+
+from nestvec.search.kernels._numba import rerank, rescore, scan, scan_lists, walk  # noqa: E402
+from nestvec.search.kernels._numpy import NOTHING  # noqa: E402
+
+__all__ = ["NOTHING", "rerank", "rescore", "scan", "scan_lists", "walk"]

@@ -1,0 +1,423 @@
+"""The kernels, compiled by numba: nogil and single-threaded; callers bring the threads.
+
+Every function here has a twin of the same name in `_numpy`, slow and obvious, which the tests hold
+it to. Scores are whole numbers, so both agree exactly; ties go to the lower row.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic as _numba_intrinsic
+
+from nestvec.search.kernels._numpy import NOTHING
+
+intrinsic: Any = _numba_intrinsic  # its first argument is the compiler's, not the caller's
+
+_LINE = 64  # bytes that come together from memory
+_TILE_BYTES = 1 << 18  # codes that stay in a core's own cache
+_STAMPS = 1 << 16  # queries after which the marks of rows met are cleared
+_AHEAD = 4  # rows between asking for a vector and using it
+_FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and Inf stay what they are
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile, with a cache on disk where there is a folder for one."""
+    function = inspect.unwrap(function)  # type checks around it, in tests, are not to be compiled
+    options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba's way to say that no folder can be written
+        _say_that_nothing_is_cached()
+        return njit(**options)(function)
+
+
+def _say_that_nothing_is_cached() -> None:
+    global _said
+    if not _said:
+        _said = True
+        warnings.warn(
+            "no folder can be written to, so search kernels are compiled again in every process "
+            "(some seconds). Set NUMBA_CACHE_DIR to a folder that can.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+_said = False
+
+
+@intrinsic
+def _prefetch(typingctx: Any, array: Any, at: Any) -> Any:
+    """Ask for the cache line of ``array.ravel()[at]``, and do not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.gep(made.data, [arguments[1]])
+        pointer = ir.IntType(8).as_pointer()
+        whole = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, whole, whole, whole])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        one = ir.Constant(whole, 1)
+        address = builder.bitcast(place, pointer)
+        # Reading, likely to be read again, data.
+        builder.call(call, [address, ir.Constant(whole, 0), ir.Constant(whole, 3), one])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+def _has_vnni() -> bool:
+    features = llvm.get_host_cpu_features()
+    return bool(features.get("avx512vnni") and features.get("avx512vl"))
+
+
+@intrinsic
+def _dot_vnni(typingctx: Any, codes: Any, at: Any, query: Any) -> Any:
+    """Sum of codes[at + j] * query[j], 64 products an instruction.
+
+    LLVM does not find ``vpdpbusd`` by itself in the plain loop (half the rate), so it is asked for
+    by name. Sizes are multiples of 32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        rows = context.make_array(kinds[0])(context, builder, arguments[0])
+        asked = context.make_array(kinds[2])(context, builder, arguments[2])
+        length = builder.extract_value(asked.shape, 0)
+        whole, wide = ir.IntType(32), context.get_value_type(types.intp)
+        begin = builder.gep(rows.data, [arguments[1]])
+
+        def step(lanes: int, total: Any, offset: Any) -> Any:
+            vector = ir.VectorType(whole, lanes)
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+            kind = ir.FunctionType(vector, [vector] * 3)
+            product = cgutils.get_or_insert_function(builder.module, kind, name)
+            loaded = []
+            for data in (begin, asked.data):
+                place = builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
+                load = builder.load(place)
+                load.align = 1
+                loaded.append(load)
+            return builder.call(product, [total, *loaded])
+
+        def reduced(lanes: int, total: Any) -> Any:
+            vector = ir.VectorType(whole, lanes)
+            kind = ir.FunctionType(whole, [vector])
+            name = f"llvm.vector.reduce.add.v{lanes}i32"
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [total])
+
+        lanes = ir.VectorType(whole, 16)
+        sums = cgutils.alloca_once_value(builder, ir.Constant(lanes, [0] * 16))
+        n_blocks = builder.lshr(length, ir.Constant(wide, 6))
+        with cgutils.for_range(builder, n_blocks) as loop:
+            offset = builder.shl(loop.index, ir.Constant(wide, 6))
+            builder.store(step(16, builder.load(sums), offset), sums)
+        answer = cgutils.alloca_once_value(builder, reduced(16, builder.load(sums)))
+        half = builder.and_(length, ir.Constant(wide, 32))
+        with builder.if_then(builder.icmp_unsigned("!=", half, ir.Constant(wide, 0))):
+            offset = builder.sub(length, ir.Constant(wide, 32))
+            rest = step(8, ir.Constant(ir.VectorType(whole, 8), [0] * 8), offset)
+            builder.store(builder.add(builder.load(answer), reduced(8, rest)), answer)
+        return builder.load(answer)
+
+    return types.int32(codes, types.intp, query), generate
+
+
+if _has_vnni():
+
+    @_compiled
+    def _dot(codes: Any, row: int, query: Any) -> Any:
+        return _dot_vnni(codes, np.intp(row) * query.shape[0], query)
+
+else:
+
+    @_compiled
+    def _dot(codes: Any, row: int, query: Any) -> Any:
+        total = np.int32(0)
+        for j in range(query.shape[0]):
+            total += np.int32(codes[row, j]) * np.int32(query[j])
+        return total
+
+
+@intrinsic
+def _number(typingctx: Any, word: Any) -> Any:
+    """Read the float16 or float32 that a word of 16 or 32 bits is."""
+    kind = {16: ir.HalfType(), 32: ir.FloatType()}[word.bitwidth]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = builder.bitcast(arguments[0], kind)
+        return builder.fpext(number, ir.FloatType()) if word.bitwidth == 16 else number
+
+    return types.float32(word), generate
+
+
+# A shortlist under construction is a heap of (score, row) whose root is the worst. Worse means a
+# lower score, or the same score and a higher row.
+
+
+@_compiled
+def _worse(score: int, row: int, than_score: int, than_row: int) -> bool:
+    return score < than_score or (score == than_score and row > than_row)
+
+
+@_compiled
+def _sift_down(scores: Any, rows: Any, size: int, at: int) -> None:
+    score, row = scores[at], rows[at]
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and _worse(
+            scores[child + 1], rows[child + 1], scores[child], rows[child]
+        ):
+            child += 1
+        if not _worse(scores[child], rows[child], score, row):
+            break
+        scores[at], rows[at] = scores[child], rows[child]
+        at = child
+    scores[at], rows[at] = score, row
+
+
+@_compiled
+def _sift_up(scores: Any, rows: Any, at: int) -> None:
+    score, row = scores[at], rows[at]
+    while at > 0:
+        parent = (at - 1) >> 1
+        if not _worse(score, row, scores[parent], rows[parent]):
+            break
+        scores[at], rows[at] = scores[parent], rows[parent]
+        at = parent
+    scores[at], rows[at] = score, row
+
+
+@_compiled
+def _offer(scores: Any, rows: Any, size: int, score: int, row: int) -> int:
+    """Put a row into the shortlist if it belongs there; return how many rows it holds now."""
+    if size < scores.shape[0]:
+        scores[size], rows[size] = score, row
+        _sift_up(scores, rows, size)
+        return size + 1
+    if _worse(scores[0], rows[0], score, row):
+        scores[0], rows[0] = score, row
+        _sift_down(scores, rows, size, 0)
+    return size
+
+
+@_compiled
+def _sort(scores: Any, rows: Any, size: int) -> None:
+    """Order the shortlist best first, in place (heap sort)."""
+    end = size
+    while end > 1:
+        end -= 1
+        scores[0], scores[end] = scores[end], scores[0]
+        rows[0], rows[end] = rows[end], rows[0]
+        _sift_down(scores, rows, end, 0)
+
+
+@_compiled
+def _finish(scores: Any, rows: Any, size: int) -> None:
+    _sort(scores, rows, size)
+    rows[size:] = NOTHING
+
+
+@_compiled
+def scan(codes: Any, queries: Any, alive: Any, scores: Any, rows: Any) -> None:
+    every_row = alive.shape[0] == 0
+    sizes = np.zeros(queries.shape[0], np.int64)
+    # Some rows at a time, which stay in the cache while all queries look at them.
+    tile = max(1, _TILE_BYTES // codes.shape[1])
+    for start in range(0, codes.shape[0], tile):
+        end = min(start + tile, codes.shape[0])
+        for place in range(queries.shape[0]):
+            query, best, found = queries[place], scores[place], rows[place]
+            size = sizes[place]
+            for row in range(start, end):
+                score = _dot(codes, row, query)
+                if (size < best.shape[0] or score > best[0]) and (every_row or alive[row]):
+                    size = _offer(best, found, size, score, row)
+            sizes[place] = size
+    for place in range(queries.shape[0]):
+        _finish(scores[place], rows[place], sizes[place])
+
+
+@_compiled
+def scan_lists(
+    codes: Any,
+    starts: Any,
+    numbers: Any,
+    probes: Any,
+    queries: Any,
+    alive: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    every_row = alive.shape[0] == 0
+    for place in range(queries.shape[0]):
+        query, best, found = queries[place], scores[place], rows[place]
+        size = 0
+        for i in range(probes.shape[1]):
+            which = probes[place, i]
+            for at in range(starts[which], starts[which + 1]):
+                score = _dot(codes, at, query)
+                if size == best.shape[0] and score < best[0]:
+                    continue
+                row = numbers[at]
+                if every_row or alive[row]:
+                    size = _offer(best, found, size, score, row)
+        _finish(best, found, size)
+
+
+@_compiled
+def _meet(links: Any, at: int, codes: Any, seen: Any, stamp: int, fresh: Any) -> int:
+    """Collect the neighbours of a row that were not met yet, and ask for their codes."""
+    n = 0
+    for j in range(links.shape[1]):
+        row = links[at, j]
+        if row < 0:
+            break
+        if seen[row] != stamp:
+            seen[row] = stamp
+            fresh[n] = row
+            n += 1
+            for byte in range(0, codes.shape[1], _LINE):
+                _prefetch(codes, np.intp(row) * codes.shape[1] + byte)
+    return n
+
+
+@_compiled
+def _descend(
+    upper: Any, level_starts: Any, upper_rows: Any, down: Any, codes: Any, query: Any
+) -> Any:
+    """Go from each row to its best neighbour until none is better, level by level."""
+    at = np.int64(0)
+    for level in range(level_starts.shape[0] - 2, -1, -1):
+        start = level_starts[level]
+        best = _dot(codes, upper_rows[start + at], query)
+        moved = True
+        while moved:
+            moved = False
+            here = at
+            for j in range(upper.shape[1]):
+                other = upper[start + here, j]
+                if other < 0:
+                    break
+                score = _dot(codes, upper_rows[start + other], query)
+                if score > best:
+                    best, at, moved = score, np.int64(other), True
+        at = np.int64(down[start + at])
+    return at
+
+
+@_compiled
+def walk(
+    links: Any,
+    upper: Any,
+    level_starts: Any,
+    upper_rows: Any,
+    down: Any,
+    codes: Any,
+    queries: Any,
+    seen: Any,
+    clock: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    ef = scores.shape[1]
+    done = np.empty(ef, np.bool_)
+    fresh = np.empty(links.shape[1], np.int32)
+    for asked in range(queries.shape[0]):
+        clock[0] += 1
+        if clock[0] == _STAMPS:
+            seen[:] = 0
+            clock[0] = 1
+        stamp = clock[0]
+        query, best, found = queries[asked], scores[asked], rows[asked]
+        at = _descend(upper, level_starts, upper_rows, down, codes, query)
+        best[0], found[0], done[0] = _dot(codes, at, query), at, False
+        seen[at] = stamp
+        size, place = 1, 0
+        while place < size:
+            done[place] = True
+            n = _meet(links, found[place], codes, seen, stamp, fresh)
+            first = size
+            for i in range(n):
+                row = fresh[i]
+                score = _dot(codes, row, query)
+                if size == ef and score <= best[ef - 1]:
+                    continue
+                low, high = 0, size  # where it belongs: behind equals that came before
+                while low < high:
+                    middle = (low + high) >> 1
+                    if best[middle] >= score:
+                        low = middle + 1
+                    else:
+                        high = middle
+                if size < ef:
+                    size += 1
+                for k in range(size - 1, low, -1):
+                    best[k], found[k], done[k] = best[k - 1], found[k - 1], done[k - 1]
+                best[low], found[low], done[low] = score, row, False
+                first = min(first, low)
+            place = min(place + 1, first)
+            while place < size and done[place]:
+                place += 1
+            if place < size:  # its links are on their way when they are asked for
+                for j in range(0, links.shape[1], _LINE // 4):
+                    _prefetch(links, np.intp(found[place]) * links.shape[1] + j)
+        found[size:] = NOTHING
+
+
+@_compiled
+def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> None:
+    n_short = shortlists.shape[1]
+    for place in range(queries.shape[0]):
+        query, best, found = queries[place], scores[place], rows[place]
+        for i in range(n_short):
+            if shortlists[place, i] >= 0:
+                for byte in range(0, codes.shape[1], _LINE):
+                    _prefetch(codes, np.intp(shortlists[place, i]) * codes.shape[1] + byte)
+        size = 0
+        for i in range(n_short):
+            row = shortlists[place, i]
+            if row >= 0:
+                size = _offer(best, found, size, _dot(codes, row, query), row)
+        _finish(best, found, size)
+
+
+@_compiled
+def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> int:
+    n_short, dim = shortlists.shape[1], queries.shape[1]
+    line = _LINE // words.itemsize
+    for place in range(queries.shape[0]):
+        query, best, found = queries[place], scores[place], rows[place]
+        size = 0
+        for i in range(-_AHEAD, n_short):
+            ahead = i + _AHEAD
+            if ahead < n_short and shortlists[place, ahead] >= 0:
+                begin = np.intp(shortlists[place, ahead]) * words.shape[1]
+                for j in range(0, dim, line):
+                    _prefetch(words, begin + j)
+            if i < 0 or shortlists[place, i] < 0:
+                continue
+            row = shortlists[place, i]
+            dot, length, total = np.float32(0), np.float32(0), np.uint32(0)
+            for j in range(dim):
+                number = _number(words[row, j])
+                dot += number * query[j]
+                length += number * number
+            for j in range(dim):
+                total = np.uint32(total + words[row, j])
+            if total != sums[row]:
+                return row
+            size = _offer(best, found, size, dot / np.sqrt(length), row)
+        _finish(best, found, size)
+    return NOTHING

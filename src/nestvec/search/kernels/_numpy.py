@@ -1,0 +1,115 @@
+"""The kernels in plain numpy: slow, obvious, and what the compiled ones are tested against.
+
+Arguments and answers are those of `_numba`; shortlists come best first, ties to the lower row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+NOTHING = -1  # the row number that fills a shortlist which found too few
+
+
+def _dots(codes: Any, query: Any) -> Any:
+    return codes.astype(np.int32) @ query.astype(np.int32)
+
+
+def _best(scores: Any, rows: Any, keep: int) -> tuple[Any, Any]:
+    order = np.lexsort((rows, -scores))[:keep]
+    return scores[order], rows[order]
+
+
+def _write(found: tuple[Any, Any], scores: Any, rows: Any) -> None:
+    n = len(found[0])
+    scores[:n], rows[:n], rows[n:] = *found, NOTHING
+
+
+def scan(codes: Any, queries: Any, alive: Any, scores: Any, rows: Any) -> None:
+    every = np.flatnonzero(alive) if len(alive) else np.arange(len(codes))
+    for query, some_scores, some_rows in zip(queries, scores, rows, strict=True):
+        found = _best(_dots(codes[every], query), every, scores.shape[1])
+        _write(found, some_scores, some_rows)
+
+
+def scan_lists(
+    codes: Any,
+    starts: Any,
+    numbers: Any,
+    probes: Any,
+    queries: Any,
+    alive: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    for place, query in enumerate(queries):
+        spans = [np.arange(starts[p], starts[p + 1]) for p in probes[place]]
+        at = np.concatenate(spans) if spans else np.arange(0)
+        if len(alive):
+            at = at[alive[numbers[at]]]
+        found = _best(_dots(codes[at], query), numbers[at], scores.shape[1])
+        _write(found, scores[place], rows[place])
+
+
+def walk(
+    links: Any,
+    upper: Any,
+    level_starts: Any,
+    upper_rows: Any,
+    down: Any,
+    codes: Any,
+    queries: Any,
+    seen: Any,
+    clock: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    ef = scores.shape[1]
+    for query, some_scores, some_rows in zip(queries, scores, rows, strict=True):
+        at = 0
+        for start in level_starts[-2::-1]:
+            best, moved = _dots(codes[upper_rows[start + at]], query), True
+            while moved:
+                moved = False
+                for other in (j for j in upper[start + at] if j >= 0):
+                    score = _dots(codes[upper_rows[start + other]], query)
+                    if score > best:
+                        best, at, moved = score, other, True
+            at = down[start + at]
+        # (score, row) in the order found: equals stay behind those that came before.
+        pool = [(int(_dots(codes[at], query)), int(at))]
+        met, done = {int(at)}, set()
+        while True:
+            waiting = [row for _, row in pool if row not in done]
+            if not waiting:
+                break
+            done.add(waiting[0])
+            for row in (int(j) for j in links[waiting[0]] if j >= 0):
+                if row not in met:
+                    met.add(row)
+                    pool.append((int(_dots(codes[row], query)), row))
+                    pool = sorted(pool, key=lambda one: -one[0])[:ef]
+        found = np.array([s for s, _ in pool]), np.array([r for _, r in pool])
+        _write(found, some_scores, some_rows)
+
+
+def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> None:
+    for place, query in enumerate(queries):
+        some = shortlists[place][shortlists[place] >= 0]
+        _write(_best(_dots(codes[some], query), some, scores.shape[1]), scores[place], rows[place])
+
+
+def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> int:
+    dim = queries.shape[1]
+    vectors = words.view({2: np.float16, 4: np.float32}[words.itemsize])
+    for place, query in enumerate(queries):
+        some = shortlists[place][shortlists[place] >= 0]
+        for row in some:
+            if words[row, :dim].sum(dtype=np.uint32) != sums[row]:
+                return int(row)
+        cut = vectors[some, :dim].astype(np.float64)
+        exact = cut @ query.astype(np.float64) / np.linalg.norm(cut, axis=1)
+        found = _best(exact.astype(np.float32), some, scores.shape[1])
+        _write(found, scores[place], rows[place])
+    return NOTHING
