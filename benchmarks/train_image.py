@@ -6,7 +6,7 @@
 - cifar10: 10,000 photos; then corrupted ones, a long tail, 40% wrong labels, and captions.
 
 All networks are `small_resnet` of 256 dims from fresh weights. The default (seed 0) run does
-everything once; ``--seeds 0,1,2`` repeats omniglot.
+everything once; ``--seeds 0,1,2`` repeats omniglot and robustness.
 """
 
 from __future__ import annotations
@@ -144,12 +144,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "separate-256": {"dims": (256,)},
     **{f"separate-{dim}": {"dims": (dim,)} for dim in SEPARATE},
     "slimmable": {"dims": DIMS},
-    "nested_dropout": {"dims": (256,), "dropout": 0.02},
+    "nested_dropout": {"dims": (256,), "dropout": 0.1},  # of 0.02 and 0.1, by the held-out rows
 }
 
 
-def trained(dataset: str, method: str, seed: int) -> _training.Arrays:
-    about, options = METHODS[method], RECIPES[dataset]
+def trained(dataset: str, method: str, seed: int, **more: Any) -> _training.Arrays:
+    about, options = METHODS[method], {**RECIPES[dataset], **more}
     recipe = {
         "dataset": dataset,
         "method": method,
@@ -293,41 +293,45 @@ def classification(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
 # --- where it might break ---------------------------------------------------------------------
 
 
-def own_right(dataset: str, method: str, split: str, dim: int, seed: int) -> np.ndarray:
+def own_right(
+    dataset: str, method: str, split: str, dim: int, seed: int, **more: Any
+) -> np.ndarray:
     """Which rows the model's own head of a size gets right."""
-    stored = trained(dataset, method, seed)
+    stored = trained(dataset, method, seed, **more)
     return stored[f"{split}-logits-{dim}"].argmax(axis=1) == data(dataset)[split][1]
 
 
-def robustness(seed: int) -> list[dict[str, Any]]:
-    """Points lost under corruption, MRL's beside those of the separately trained model."""
+def robustness(seeds: list[int]) -> list[dict[str, Any]]:
+    """Points lost under corruption, MRL's beside those of the separately trained models."""
+    methods = ("mrl", *(f"separate-{dim}" for dim in (*SEPARATE, 256)))
+    _training.side_by_side([partial(trained, "cifar10", m, s) for s in seeds for m in methods])
+    note = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     rows = []
     for dim in (*SEPARATE, 256):
         for kind in CORRUPTIONS:
+            dataset = f"cifar10_{kind}{SEVERITY}"
             lost = {}
             for name, method in (("mrl", "mrl"), ("separate", f"separate-{dim}")):
                 clean, dirty = (
-                    own_right("cifar10", method, split, dim, seed).astype(float)
+                    [own_right("cifar10", method, split, dim, s).astype(float) for s in seeds]
                     for split in ("test", kind)
                 )
-                lost[name] = clean - dirty
+                lost[name] = [a - b for a, b in zip(clean, dirty, strict=True)]
                 rows.append(
-                    _training.accuracy_row(
-                        f"cifar10_{kind}{SEVERITY}", name, dim, "own head", [dirty], seed=seed
-                    )
+                    _training.accuracy_row(dataset, name, dim, "own head", dirty, note=note)
                 )
-            value, low, high = _classify.paired([lost["mrl"]], [lost["separate"]])
+            value, low, high = _classify.paired(lost["mrl"], lost["separate"])
             rows.append(
                 {
-                    "dataset": f"cifar10_{kind}{SEVERITY}",
+                    "dataset": dataset,
                     "method": "mrl",
                     "dim": dim,
                     "metric": "points lost beyond separate (own head)",
                     "value": value,
                     "low": low,
                     "high": high,
-                    "n": len(lost["mrl"]),
-                    "seed": seed,
+                    "n": len(lost["mrl"][0]),
+                    "note": note,
                 }
             )
     return rows
@@ -367,39 +371,43 @@ def long_tail(seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+NOISY_EPOCHS = (25, 60)  # before and after a network has learned the wrong labels by heart
+
+
 def label_noise(seed: int) -> list[dict[str, Any]]:
     """Nested dropout, cut where the held-out (and noisy) tenth says, beside cross-entropy."""
     names = ("nested_dropout", "separate-256")
-    _training.side_by_side([partial(trained, "cifar10_noisy", m, seed) for m in names])
-    stored = trained("cifar10_noisy", "nested_dropout", seed)
-    held = {
-        int(name.rpartition("-")[2]): own_right(
-            "cifar10_noisy", "nested_dropout", "held", int(name.rpartition("-")[2]), seed
-        ).mean()
-        for name in stored
-        if name.startswith("held-logits-")
-    }
-    dim = best_size(held)
-    ours = own_right("cifar10_noisy", "nested_dropout", "test", dim, seed)
-    plain = own_right("cifar10_noisy", "separate-256", "test", 256, seed)
-    note = f"{NOISE:.0%} of the training labels are wrong"
-    return [
-        _training.accuracy_row(
-            "cifar10_noisy", "nested_dropout", dim, "own head", [ours], seed=seed, note=note
-        ),
-        _training.accuracy_row(
-            "cifar10_noisy", "cross_entropy", 256, "own head", [plain], seed=seed, note=note
-        ),
-        _training.difference_row(
-            "cifar10_noisy",
-            ("nested_dropout", "cross_entropy"),
-            dim,
-            "own head",
-            ([ours], [plain]),
-            seed=seed,
-            note=note,
-        ),
-    ]
+    _training.side_by_side(
+        [partial(trained, "cifar10_noisy", m, seed, epochs=e) for e in NOISY_EPOCHS for m in names]
+    )
+    rows = []
+    for epochs in NOISY_EPOCHS:
+        right = partial(own_right, "cifar10_noisy", seed=seed, epochs=epochs)
+        stored = trained("cifar10_noisy", "nested_dropout", seed, epochs=epochs)
+        sizes = [int(n.rpartition("-")[2]) for n in stored if n.startswith("held-logits-")]
+        held = {dim: right("nested_dropout", "held", dim).mean() for dim in sizes}
+        dim = best_size(held)
+        ours = right("nested_dropout", "test", dim)
+        plain = right("separate-256", "test", 256)
+        note = f"{NOISE:.0%} of the training labels are wrong; {epochs} epochs"
+        rows += [
+            _training.accuracy_row(
+                "cifar10_noisy", "nested_dropout", dim, "own head", [ours], seed=seed, note=note
+            ),
+            _training.accuracy_row(
+                "cifar10_noisy", "cross_entropy", 256, "own head", [plain], seed=seed, note=note
+            ),
+            _training.difference_row(
+                "cifar10_noisy",
+                ("nested_dropout", "cross_entropy"),
+                dim,
+                "own head",
+                ([ours], [plain]),
+                seed=seed,
+                note=note,
+            ),
+        ]
+    return rows
 
 
 # --- captions ---------------------------------------------------------------------------------
@@ -518,13 +526,14 @@ def caption_rows(seed: int) -> list[dict[str, Any]]:
 def main() -> None:
     parts = {
         "omniglot": lambda: classification("omniglot", seeds),
-        "cifar10": lambda: classification("cifar10", seeds[:1]) + robustness(seeds[0]),
+        "cifar10": lambda: classification("cifar10", seeds[:1]),
+        "robustness": lambda: robustness(seeds),
         "long_tail": lambda: long_tail(seeds[0]),
         "label_noise": lambda: label_noise(seeds[0]),
         "captions": lambda: caption_rows(seeds[0]),
     }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0", help="of omniglot, e.g. 0,1,2")
+    parser.add_argument("--seeds", default="0", help="of omniglot and robustness, e.g. 0,1,2")
     parser.add_argument("--only", choices=parts, help="one part; nothing is written")
     chosen = parser.parse_args()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]

@@ -7,7 +7,7 @@
 - pairs: all-MiniLM-L6-v2 on 6,400 pairs, one epoch; STS-B and SICK, beside MatryoshkaLoss.
 - masked_lm: a small BERT from scratch on 20newsgroups.
 
-The default (seed 0) run does everything once; ``--seeds 0,1,2`` repeats clinc150 and pairs.
+The default (seed 0) run does everything once; ``--seeds 0,1,2`` repeats clinc150.
 """
 
 from __future__ import annotations
@@ -370,11 +370,31 @@ def vectors_of(encoder: Any) -> _training.Arrays:
     return found
 
 
-PAIR_METHODS = ("ours", "ours_cached", "matryoshka_loss", "matryoshka_loss_cached", "untuned")
+PAIR_METHODS = (
+    "ours",
+    "ours_cached",
+    "ours_mapped",  # begins at a map that was fitted to the pairs' texts, and keeps neighbours
+    "matryoshka_loss",
+    "matryoshka_loss_cached",
+    "untuned",
+)
+# Chosen on STS-B's dev split, as PAIR_RATE is.
+MAPPED: dict[str, Any] = {"rate": 5e-5, "keep": 1.0}
+
+
+def mapped(encoder: Any, texts: list[str]) -> Any:
+    """Return the encoder with a map behind it, fitted to its vectors of the texts, no labels."""
+    from sentence_transformers import SentenceTransformer
+
+    rows = encoder.encode(texts, show_progress_bar=False)
+    adaptor = nv.MatryoshkaAdaptor(dims=PAIR_DIMS, random_state=0).fit(rows)
+    return SentenceTransformer(modules=[*encoder, *adaptor.as_modules()])
 
 
 def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
     options = {"rate": PAIR_RATE, "batch": PAIR_BATCH, "weights": "uniform", **more}
+    if method == "ours_mapped":
+        options |= MAPPED
     recipe = {
         "dataset": "pairs",
         "method": method,
@@ -398,6 +418,8 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
         )
         first, second = pairs()
         started = time.perf_counter()
+        if method == "ours_mapped":
+            encoder = mapped(encoder, list(dict.fromkeys([*first, *second])))
         if method.startswith("ours"):
             train_text(
                 encoder,
@@ -406,6 +428,7 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
                 dims=PAIR_DIMS,
                 holdout=0,
                 weights=options["weights"],
+                keep=options.get("keep", 0),
                 settings=settings,
             )
         else:
@@ -428,13 +451,14 @@ def theirs(
         losses,
     )
     from sentence_transformers.base.sampler import BatchSamplers
+    from transformers import PrinterCallback
 
     inner = (
         losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=32)
         if cached
         else losses.MultipleNegativesRankingLoss(encoder)
     )
-    SentenceTransformerTrainer(
+    trainer = SentenceTransformerTrainer(
         model=encoder,
         args=settings.arguments(
             folder,
@@ -444,7 +468,9 @@ def theirs(
         ),
         train_dataset=Dataset.from_dict({"anchor": first, "positive": second}),
         loss=losses.MatryoshkaLoss(encoder, inner, matryoshka_dims=list(PAIR_DIMS)),
-    ).train()
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
 
 
 def correlations(method: str, seeds: list[int], name: str, split: str) -> dict[int, Any]:
@@ -561,7 +587,7 @@ def rotated(name: str) -> dict[int, list[np.ndarray]]:
 # --- masked language model --------------------------------------------------------------------
 
 MLM_DIMS = (16, 32, 64, 128)
-MLM = {"vocab": 8000, "length": 64, "layers": 4, "epochs": 3, "batch": 64, "rate": 1e-3}
+MLM = {"vocab": 8000, "length": 64, "layers": 4, "epochs": 6, "batch": 64, "rate": 1e-3}
 
 
 @cache
@@ -701,7 +727,7 @@ PARTS = ("clinc150", "banking77", "pairs", "masked_lm")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0", help="of clinc150 and pairs, e.g. 0,1,2")
+    parser.add_argument("--seeds", default="0", help="of clinc150, e.g. 0,1,2")
     parser.add_argument("--only", choices=PARTS, help="one part; nothing is written")
     chosen = parser.parse_args()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
@@ -720,7 +746,7 @@ def main() -> None:
     parts = {
         "clinc150": lambda: classification("clinc150", seeds) + overhead(),
         "banking77": lambda: classification("banking77", seeds[:1]),
-        "pairs": lambda: peers(seeds),
+        "pairs": lambda: peers(seeds[:1]),
         "masked_lm": lambda: masked_lm(seeds[0]),
     }
     _training.run_parts(NAME, parts, meta, only=chosen.only)
