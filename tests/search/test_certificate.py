@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nestvec.errors import DataError
 from nestvec.search.certificate import (
     Bound,
+    _capital,
     certify,
     lower_bound,
     n_needed,
@@ -143,8 +144,10 @@ def test_a_p_value_is_as_small_as_it_says_as_seldom_as_it_says(rng, level):
      (one_neighbour_missed, 0.99), (rarely_nothing, 0.99), (even, 0.9), (zeros_and_ones, 0.01)],
 )  # fmt: skip
 def test_the_bound_of_1000_queries_misses_in_at_most_5_of_100(rng, shape, mean):
+    # the bound is above the mean iff the capital at the mean reaches 1: a third of the work
+    at_mean, level = np.array([mean]), np.array([0.05])
     draws = shape(rng, mean, (1000, 1000))
-    assert sum(lower_bound(x) > mean for x in draws) <= most_misses(1000)
+    assert sum(_capital(x, at_mean, level)[0] >= 1 for x in draws) <= most_misses(1000)
 
 
 def test_neighbours_as_trials_of_their_own_miss_too_often_and_ours_do_not(rng):
@@ -246,8 +249,6 @@ def test_a_bound_reaches_what_the_p_value_rejects(values, target):
 
 @pytest.mark.parametrize("n", [30, 1000, 3000])
 def test_capital_never_rises_with_the_mean_bet_on_nor_falls_with_the_start(rng, n):
-    from nestvec.search.certificate import _capital
-
     for shape, mean in SHAPES:
         x = shape(rng, mean, (n,))
         # most extreme where blocks are largest: all losses first, or all of them last
@@ -261,8 +262,6 @@ def test_capital_never_rises_with_the_mean_bet_on_nor_falls_with_the_start(rng, 
 
 
 def test_no_bet_is_better_than_fair(rng):
-    from nestvec.search.certificate import _capital
-
     # all 2**10 outcomes of coins whose mean is the one bet on: the expectation is exact
     mean = 0.7
     outcomes = np.array(list(itertools.product([0.0, 1.0], repeat=10)))
