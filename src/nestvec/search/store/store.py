@@ -355,7 +355,7 @@ class Store:
             raise
 
     def compact(self, *, keep_versions: int = 1) -> int:
-        """Rewrite small and half-deleted pieces, remove old versions and waste.
+        """Join small fragments, rewrite those that lost a tenth, remove old versions and waste.
 
         Row ids and versions of last update stay. A version that anybody still reads (a `Snapshot`
         lives, in whatever process on this machine) is kept until a later compaction; so a reader
