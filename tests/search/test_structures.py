@@ -42,6 +42,10 @@ def made(vectors, dim):
     return c.Codes(values, scale)
 
 
+def between(vectors):
+    return lambda start, end: np.ascontiguousarray(vectors[start:end])
+
+
 def recall(found, wanted):
     return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)])
 
@@ -79,7 +83,7 @@ def test_a_value_beyond_the_sample_is_clipped_and_does_not_wrap():
 
 
 def test_the_graph_holds_the_links_that_faiss_made(vectors):
-    arrays = g.build(vectors)
+    arrays = g.build(between(vectors), len(vectors))
     index = faiss.IndexHNSWFlat(48, 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = g.EF_CONSTRUCTION
     faiss.omp_set_num_threads(1)
@@ -103,7 +107,7 @@ def test_the_graph_holds_the_links_that_faiss_made(vectors):
 
 
 def test_a_wide_walk_over_full_codes_finds_the_neighbours(vectors, queries):
-    graph, codes = g.Graph(g.build(vectors)), made(vectors, 48)
+    graph, codes = g.Graph(g.build(between(vectors), len(vectors))), made(vectors, 48)
     wanted, _ = top_k(queries, vectors, 10)
     rows = graph.search(codes, codes.queries(queries), 100, graph.scratch())
     assert recall([set(r) for r in rows], wanted) > 0.99
@@ -112,7 +116,7 @@ def test_a_wide_walk_over_full_codes_finds_the_neighbours(vectors, queries):
 
 
 def test_the_walk_does_what_faiss_does_at_the_same_width(vectors, queries):
-    graph, codes = g.Graph(g.build(vectors)), made(vectors, 48)
+    graph, codes = g.Graph(g.build(between(vectors), len(vectors))), made(vectors, 48)
     index = faiss.IndexHNSWFlat(48, 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = g.EF_CONSTRUCTION
     index.add(np.ascontiguousarray(vectors))
@@ -126,38 +130,40 @@ def test_the_walk_does_what_faiss_does_at_the_same_width(vectors, queries):
 
 @pytest.mark.parametrize("n", [1, 2, 30])
 def test_a_handful_of_rows_makes_a_graph(vectors, queries, n):
-    graph, codes = g.Graph(g.build(vectors[:n])), made(vectors[:n], 48)
+    graph, codes = g.Graph(g.build(between(vectors), n)), made(vectors[:n], 48)
     rows = graph.search(codes, codes.queries(queries), 40, graph.scratch())
     assert all(set(r) - {-1} == set(range(n)) for r in rows)
 
 
-def test_all_lists_probed_are_a_scan_of_the_codes(vectors, queries):
-    means = li.centroids(vectors, 16)
-    order = li.Lists.order(li.assign(vectors, means), 16)
-    lists, codes = li.Lists({**order, "centroids": means}), made(vectors, 32)
-    sorted_codes = c.Codes(codes.values[order["numbers"]], codes.scale)
+def listed(vectors, folder, n_lists, dim):
+    """Lists and their codes."""
+    arrays = li.build(between(vectors), len(vectors), folder, n_lists=n_lists)
+    codes = made(vectors, dim)
+    return li.Lists(arrays), c.Codes(codes.values[arrays["numbers"]], codes.scale), arrays
+
+
+def test_all_lists_probed_are_a_scan_of_the_codes(vectors, queries, tmp_path):
+    lists, sorted_codes, _ = listed(vectors, tmp_path, 16, 32)
     rows = lists.search(sorted_codes, queries, 20, 16, ALL)
+    codes = made(vectors, 32)
     products = codes.queries(queries).astype(int) @ (codes.values.astype(int) - 128).T
     for found, line in zip(rows, products, strict=True):
         np.testing.assert_array_equal(found, np.lexsort((np.arange(3000), -line))[:20])
 
 
-def test_each_row_is_in_the_list_of_its_nearest_centroid(vectors):
-    means = li.centroids(vectors, 16)
+def test_each_row_is_in_the_list_of_its_nearest_centroid(vectors, tmp_path):
+    _, _, arrays = listed(vectors, tmp_path, 16, 32)
+    means = arrays["centroids"]
     np.testing.assert_allclose(np.linalg.norm(means, axis=1), 1, atol=1e-5)
-    lists = li.assign(vectors, means)
-    np.testing.assert_array_equal(lists, (vectors @ means.T).argmax(axis=1))
-    order = li.Lists.order(lists, 16)
-    for number in range(16):
-        span = slice(*order["starts"][number : number + 2])
-        np.testing.assert_array_equal(order["numbers"][span], np.flatnonzero(lists == number))
+    nearest = (vectors @ means.T).argmax(axis=1)
+    for number, (start, end) in enumerate(itertools.pairwise(arrays["starts"])):
+        np.testing.assert_array_equal(
+            arrays["numbers"][start:end], np.flatnonzero(nearest == number)
+        )
 
 
-def test_more_probes_find_more(vectors, queries):
-    means = li.centroids(vectors, 64)
-    order = li.Lists.order(li.assign(vectors, means), 64)
-    lists, codes = li.Lists({**order, "centroids": means}), made(vectors, 48)
-    codes = c.Codes(codes.values[order["numbers"]], codes.scale)
+def test_more_probes_find_more(vectors, queries, tmp_path):
+    lists, codes, _ = listed(vectors, tmp_path, 64, 48)
     wanted, _ = top_k(queries, vectors, 10)
     found = [
         recall([set(r) for r in lists.search(codes, queries, 30, probes, ALL)], wanted)
@@ -165,6 +171,26 @@ def test_more_probes_find_more(vectors, queries):
     ]
     assert found[0] < found[1] < found[2] == found[3]
     assert found[2] > 0.99
+
+
+def test_an_interrupted_build_of_lists_goes_on_where_it_was(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(li, "_ROWS_AT_ONCE", 500)
+    whole = li.build(between(vectors), len(vectors), tmp_path / "whole", n_lists=16)
+    asked = []
+
+    def counted(start, end):
+        if len(asked) == 48 * 16 // 64 + 3:  # the sample, then three stretches of rows
+            raise KeyboardInterrupt
+        asked.append((start, end))
+        return np.ascontiguousarray(vectors[start:end])
+
+    with pytest.raises(KeyboardInterrupt):
+        li.build(counted, len(vectors), tmp_path / "part", n_lists=16)
+    del asked[:]
+    again = li.build(counted, len(vectors), tmp_path / "part", n_lists=16)
+    assert asked == [(1500, 2000), (2000, 2500), (2500, 3000)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(again[name], array)
 
 
 def test_usual_numbers_of_lists_are_those_of_the_benchmarks():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ from nestvec.maps.codes import int8_scale
 _WIDTH = 32  # bytes that one instruction takes
 _OFFSET = 128  # the instruction wants one side without a sign
 _LEVELS = 127
-_SAMPLE = 100_000  # rows that set the scale
 _ROWS_AT_ONCE = 8192
 
 Vectors = NDArray[np.float32]
@@ -47,6 +45,10 @@ class Codes:
     def dim(self) -> int:
         return len(self.scale)
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
     def queries(self, queries: Vectors) -> NDArray[np.int8]:
         """Return queries (m, dim or more) as the other side of the product, (m, padded dim) int8.
 
@@ -60,21 +62,12 @@ class Codes:
         return out
 
 
-def scale_of(vectors: Vectors, dim: int, *, seed: int = 0) -> NDArray[np.float32]:
-    """Return the steps that fit the prefixes of a gallery, learned from a sample of its rows."""
-    rows: slice | NDArray[np.int64] = slice(None)
-    if len(vectors) > _SAMPLE:
-        rows = np.sort(np.random.default_rng(seed).choice(len(vectors), _SAMPLE, replace=False))
-    return int8_scale(_prefix(vectors[rows], dim))
+def scale_of(sample: Vectors, dim: int) -> NDArray[np.float32]:
+    """Return the steps that fit the prefixes of a sample of the gallery, (dim,)."""
+    return int8_scale(_prefix(sample, dim))
 
 
-def encode(
-    vectors: Vectors,
-    scale: NDArray[np.float32],
-    out: NDArray[np.uint8],
-    *,
-    progress: Callable[[int], object] | None = None,
-) -> None:
+def encode(vectors: Vectors, scale: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Write the codes of the prefixes of ``vectors`` (n, full dim) into ``out`` (n, padded)."""
     dim = len(scale)
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
@@ -84,8 +77,6 @@ def encode(
         block = out[start : start + len(rows)]
         block[:, :dim] = steps + _OFFSET
         block[:, dim:] = _OFFSET
-        if progress is not None:
-            progress(len(rows))
 
 
 def _prefix(vectors: Vectors, dim: int) -> Vectors:

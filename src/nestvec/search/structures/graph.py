@@ -25,13 +25,14 @@ _ROWS_AT_ONCE = 4096
 
 
 def build(
-    vectors: NDArray[np.float32],
+    rows_between: Callable[[int, int], NDArray[np.float32]],
+    n: int,
     *,
     neighbours: int = NEIGHBOURS,
     ef_construction: int = EF_CONSTRUCTION,
     progress: Callable[[int], object] | None = None,
 ) -> Arrays:
-    """Build the graph over L2-normalised vectors (n, dim).
+    """Build the graph over ``n`` L2-normalised vectors, read by ``rows_between(start, end)``.
 
     Returns
     -------
@@ -42,10 +43,11 @@ def build(
         below, ``level_starts``. The walk begins at the first place of the highest level.
     """
     faiss = require("faiss", extra="index", why="building a graph")
-    index = faiss.IndexHNSWFlat(vectors.shape[1], neighbours, faiss.METRIC_INNER_PRODUCT)
+    dim = rows_between(0, 1).shape[1]
+    index = faiss.IndexHNSWFlat(dim, neighbours, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = ef_construction
-    for start in range(0, len(vectors), _ROWS_AT_ONCE):
-        rows = np.ascontiguousarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        rows = rows_between(start, min(start + _ROWS_AT_ONCE, n))
         index.add(rows)
         if progress is not None:
             progress(len(rows))
@@ -105,6 +107,10 @@ class Graph:
 
     def __len__(self) -> int:
         return len(self.links)
+
+    @property
+    def nbytes(self) -> int:
+        return self.links.nbytes + sum(array.nbytes for array in self._rest)
 
     def scratch(self) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
         """Return what a thread keeps between searches: which rows it met, and a count."""

@@ -7,7 +7,9 @@ size pick better lists than centroids of prefixes do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from numpy.typing import NDArray
 
 from nestvec._extras import require
 from nestvec.search import kernels
-from nestvec.search.structures.codes import Codes, encode, scale_of
+from nestvec.search.sealed import write_array
+from nestvec.search.structures.codes import Codes, encode, padded, scale_of
 
 _SAMPLE_PER_LIST = 48  # rows that k-means sees for each centroid
-_ROWS_AT_ONCE = 16_384
+_ROWS_AT_ONCE = 65_536
+_STRETCH = 64  # neighbouring rows that are drawn together
 
 
 def usual_n_lists(n: int) -> int:
@@ -26,42 +30,83 @@ def usual_n_lists(n: int) -> int:
     return 1 << int(np.log2(4.1 * np.sqrt(max(1, n))))
 
 
-def centroids(vectors: NDArray[np.float32], n_lists: int, *, seed: int = 0) -> NDArray[np.float32]:
-    """Return ``n_lists`` L2-normalised centroids (k-means on a sample), (n_lists, dim) float32."""
+def build(
+    rows_between: Callable[[int, int], NDArray[np.float32]],
+    n: int,
+    part: Path,
+    *,
+    n_lists: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Cluster ``n`` L2-normalised vectors, read by ``rows_between(start, end)``, into lists.
+
+    What is done is kept in the folder ``part``, where a build that was interrupted goes on.
+
+    Returns
+    -------
+    dict
+        ``centroids`` (n_lists, dim) float32, L2-normalised; ``numbers`` (n,) int32, the rows by
+        list; ``starts`` (n_lists + 1,) int64, where each list begins.
+    """
+    wanted = min(n, n_lists or usual_n_lists(n))
+    means = _kept(part, f"centroids-{wanted}-{seed}")
+    if means is None:
+        means = _centroids(rows_between, n, wanted, seed)
+        _keep(part, f"centroids-{wanted}-{seed}", means)
     faiss = require("faiss", extra="index", why="building inverted lists")
-    n_sample = min(len(vectors), n_lists * _SAMPLE_PER_LIST)
-    rows = np.random.default_rng(seed).choice(len(vectors), n_sample, replace=False)
-    sample = np.ascontiguousarray(vectors[np.sort(rows)], dtype=np.float32)
+    index = faiss.IndexFlatIP(means.shape[1])
+    index.add(means)
+    lists = np.empty(n, np.int32)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        end = min(start + _ROWS_AT_ONCE, n)
+        found = _kept(part, f"lists-{wanted}-{seed}-{start}")
+        if found is None or len(found) != end - start:
+            found = index.search(rows_between(start, end), 1)[1][:, 0].astype(np.int32)
+            _keep(part, f"lists-{wanted}-{seed}-{start}", found)
+        lists[start:end] = found
+        if progress is not None:
+            progress(end - start)
+    starts = np.zeros(wanted + 1, np.int64)
+    np.cumsum(np.bincount(lists, minlength=wanted), out=starts[1:])
+    numbers = np.argsort(lists, kind="stable").astype(np.int32)
+    return {"centroids": means, "numbers": numbers, "starts": starts}
+
+
+def _centroids(
+    rows_between: Callable[[int, int], NDArray[np.float32]], n: int, n_lists: int, seed: int
+) -> NDArray[np.float32]:
+    """K-means on a sample of stretches of rows, which a disk reads better than single ones."""
+    faiss = require("faiss", extra="index", why="building inverted lists")
+    stretches = np.arange(0, n, _STRETCH)
+    wanted = -(-min(n, n_lists * _SAMPLE_PER_LIST) // _STRETCH)
+    chosen = np.random.default_rng(seed).choice(stretches, min(wanted, len(stretches)), False)
+    sample = np.concatenate(
+        [rows_between(s, min(s + _STRETCH, n)) for s in np.sort(chosen).tolist()]
+    )
     means = faiss.Kmeans(
-        vectors.shape[1],
-        n_lists,
+        sample.shape[1],
+        min(n_lists, len(sample)),
         niter=10,
         spherical=True,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=_SAMPLE_PER_LIST,
+        max_points_per_centroid=2 * _SAMPLE_PER_LIST,
     )
     means.train(sample)
-    return np.asarray(means.centroids, np.float32)
+    return np.ascontiguousarray(means.centroids, np.float32)
 
 
-def assign(
-    vectors: NDArray[np.float32],
-    centroids: NDArray[np.float32],
-    *,
-    progress: Callable[[int], object] | None = None,
-) -> NDArray[np.int32]:
-    """Return the list of each row: the centroid with the largest inner product, (n,) int32."""
-    faiss = require("faiss", extra="index", why="building inverted lists")
-    index = faiss.IndexFlatIP(centroids.shape[1])
-    index.add(np.ascontiguousarray(centroids))
-    out = np.empty(len(vectors), np.int32)
-    for start in range(0, len(vectors), _ROWS_AT_ONCE):
-        rows = np.ascontiguousarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
-        out[start : start + len(rows)] = index.search(rows, 1)[1][:, 0]
-        if progress is not None:
-            progress(len(rows))
-    return out
+def _kept(part: Path, name: str) -> NDArray[Any] | None:
+    try:
+        return np.load(part / f"{name}.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _keep(part: Path, name: str, array: NDArray[Any]) -> None:
+    with contextlib.suppress(OSError):  # it only saves time
+        write_array(part, name, array)
 
 
 class Lists:
@@ -72,20 +117,16 @@ class Lists:
         means = arrays["centroids"]
         # The choice of lists needs no more than codes, which read a quarter of the bytes.
         scale = scale_of(means, means.shape[1])
-        self._means = Codes(np.empty((len(means), -(-means.shape[1] // 32) * 32), np.uint8), scale)
+        self._means = Codes(np.empty((len(means), padded(means.shape[1])), np.uint8), scale)
         encode(means, scale, self._means.values)
 
     @property
     def n_lists(self) -> int:
         return len(self.starts) - 1
 
-    @staticmethod
-    def order(lists: NDArray[np.int32], n_lists: int) -> dict[str, NDArray[Any]]:
-        """Return ``starts`` (n_lists + 1,) int64 and ``numbers`` (n,) int32, rows by list."""
-        numbers = np.argsort(lists, kind="stable").astype(np.int32)
-        starts = np.zeros(n_lists + 1, np.int64)
-        np.cumsum(np.bincount(lists, minlength=n_lists), out=starts[1:])
-        return {"starts": starts, "numbers": numbers}
+    @property
+    def nbytes(self) -> int:
+        return self.starts.nbytes + self.numbers.nbytes + self._means.nbytes
 
     def search(
         self,

@@ -1,0 +1,624 @@
+"""Index: a durable gallery of one Space, searched by plans."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nestvec._atomic import written_beside
+from nestvec._checks import as_matrix
+from nestvec.errors import DataError, FileFormatError, PlanError
+from nestvec.search import engine, planner
+from nestvec.search.cascade import Cascade, Plan, Stage
+from nestvec.search.generation import Generation
+from nestvec.search.planner import Planned
+from nestvec.search.sealed import Damaged
+from nestvec.search.store import Batch, Store, Written
+from nestvec.search.view import View
+from nestvec.space import Embeddings, Space
+
+_log = logging.getLogger(__name__)
+_PLAN = "plan.json"
+_DERIVED = "derived"
+
+Batches = Batch | Embeddings | Iterable[Batch | Embeddings]
+
+
+@dataclass(frozen=True, eq=False)
+class Hits:
+    """What a search found.
+
+    Attributes
+    ----------
+    ids : (n_queries, k)
+        Best first, equal scores by the row that was stored first. Where fewer than k rows could be
+        found the rest is -1, or an empty text, with a NaN score.
+    scores : (n_queries, k) float32
+        Cosine at the last stage's size.
+    plan
+        What was run.
+    version
+        The version of the index that was searched.
+    payload : list of pyarrow.Table, or None
+        For each query the columns asked for, in the order of the ids.
+    """
+
+    ids: NDArray[Any]
+    scores: NDArray[np.float32]
+    plan: Plan
+    version: int
+    payload: list[Any] | None
+    _found: engine.Found
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[list[tuple[Any, float]]]:
+        """Yield for each query its (id, score) pairs."""
+        for ids, scores in zip(self.ids, self.scores, strict=True):
+            real = ~np.isnan(scores)
+            yield list(zip(ids[real].tolist(), scores[real].tolist(), strict=True))
+
+    def explain(self, query: int = 0) -> dict[str, Any]:
+        """Say what each stage did, and for one query where each answer stood after it.
+
+        ``stages``: the stage, rows scored a query, milliseconds of the whole batch. ``answers``:
+        id, score, and its place (1 is first) after each stage; a row written since structures were
+        built has the place ``"fresh"``: it is scored exactly, beside them.
+        """
+        stages = [dict(stage) for stage in self._found.stages]
+        answers = []
+        for row, id_, score in zip(
+            self._found.rows[query], self.ids[query], self.scores[query], strict=True
+        ):
+            if row < 0:
+                continue
+            place: dict[str, int | str] = {}
+            for stage, short in zip(stages, self._found.shortlists, strict=True):
+                at = np.flatnonzero(short[query] == row)
+                place[stage["stage"]] = int(at[0]) + 1 if len(at) else "fresh"
+            answers.append({"id": id_.item(), "score": float(score), "place": place})
+        return {"plan": str(self.plan), "stages": stages, "answers": answers}
+
+
+class Index:
+    """A gallery of one Space on disk: durable, searched by plans, changed while it is read.
+
+    Every write is one version, whole or not at all, and is on disk when it returns. Searches see
+    the newest version, at once: what was written since structures were built is scored beside
+    them, and what was deleted is passed over.
+
+    Make one with `Index.create` or `Index.open`.
+    """
+
+    def __init__(self, store: Store, *, show_progress: bool = False) -> None:
+        self.path = store.path
+        self.show_progress = show_progress
+        self._store = store
+        self._lock = threading.RLock()
+        self._view: View | None = None
+        # Lance refuses to read a dataset object that another thread writes with, so writes have
+        # a store of their own.
+        self._writing = threading.Lock()
+        self._writer: Store | None = None
+
+    # --- making and opening ---------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        rows: Batch | Embeddings | Space,
+        *,
+        payload: Any = None,
+        id_type: str | None = None,
+        precision: str = "float32",
+        durability: str = "power",
+        show_progress: bool = False,
+    ) -> Index:
+        """Make an index at ``path``.
+
+        Parameters
+        ----------
+        path
+            Nothing may stand there, except an empty folder.
+        rows
+            `Embeddings` (with ids, or they are numbered), a `Batch` of them with payload, or a
+            `Space` for an empty index.
+        payload
+            Columns beside id and vector: a pyarrow.Table of as many rows, or a pyarrow.Schema.
+        id_type
+            ``"int"`` or ``"str"``; that of the rows by default.
+        precision
+            ``"float32"`` or ``"float16"``, of the vectors on disk.
+        durability
+            ``"power"``: a write that returned survives a power cut. ``"process"``: it survives the
+            end of the process, and costs no sync.
+
+        Raises
+        ------
+        StorageError
+            If anything stands at ``path``, or the disk refuses.
+        DataError
+            If rows do not fit.
+        """
+        space, batch, schema = _opening(rows, payload)
+        if id_type is None:
+            id_type = "int" if batch is None or _is_whole(batch.ids) else "str"
+        store = Store.create(
+            path,
+            space,
+            id_type=id_type,
+            precision=precision,
+            payload=schema,
+            durability=durability,
+        )
+        index = cls(store, show_progress=show_progress)
+        if batch is not None:
+            try:
+                store.append(batch)
+            except BaseException:
+                shutil.rmtree(store.path, ignore_errors=True)
+                raise
+        return index
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        durability: str = "power",
+        show_progress: bool = False,
+    ) -> Index:
+        """Open an index at its newest version.
+
+        Raises
+        ------
+        StorageError
+            If there is none at ``path``.
+        FileFormatError
+            If it is damaged, or was written by a newer nestvec.
+        """
+        return cls(Store.open(path, durability=durability), show_progress=show_progress)
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.path)!r}, {len(self):,} rows, version {self.version})"
+
+    def __len__(self) -> int:
+        self._refreshed()
+        return self._store.count
+
+    @property
+    def space(self) -> Space:
+        """The Space that all vectors live in."""
+        return self._store.layout.space
+
+    @property
+    def version(self) -> int:
+        """The newest version."""
+        self._refreshed()
+        return self._store.version
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def add(
+        self, rows: Batches | ArrayLike, *, ids: ArrayLike | None = None, payload: Any = None
+    ) -> Written:
+        """Add rows with new ids, all in one version.
+
+        ``rows`` are `Embeddings`, vectors (n, dim), a `Batch`, or an iterable of those, which is
+        read as it is written. Raises `DataError` if an id exists; nothing is written then.
+        """
+        with self._written() as store:
+            return store.append(_batches(rows, ids, payload))
+
+    def upsert(
+        self, rows: Batches | ArrayLike, *, ids: ArrayLike | None = None, payload: Any = None
+    ) -> Written:
+        """Add rows, or replace those whose ids exist, all in one version."""
+        with self._written() as store:
+            return store.upsert(_batches(rows, ids, payload))
+
+    def delete(self, ids: ArrayLike, *, missing_ok: bool = False) -> Written:
+        """Remove rows by their ids, all in one version.
+
+        Raises `DataError` if one does not exist, unless ``missing_ok``; nothing is removed then.
+        """
+        with self._written() as store:
+            return store.delete(ids, missing_ok=missing_ok)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def get(self, ids: ArrayLike, *, columns: Iterable[str] = ("id", "vector")) -> Any:
+        """Return rows by their ids as a pyarrow.Table, in the order asked for.
+
+        Raises `DataError` for an id that does not exist.
+        """
+        self._refreshed()
+        snapshot = self._store.snapshot
+        return snapshot.read(snapshot.rows_of(ids), list(columns))
+
+    def search(
+        self,
+        queries: Embeddings | ArrayLike,
+        k: int | None = None,
+        *,
+        plan: Plan | Cascade | str | None = None,
+        dims: int | None = None,
+        filter: str | None = None,
+        columns: Iterable[str] | None = None,
+        threads: int | None = None,
+    ) -> Hits:
+        """Return the nearest rows of each query.
+
+        Parameters
+        ----------
+        queries : (n_queries, dim), or one of (dim,)
+            Embeddings of the index's Space, or an array that you know to be.
+        k
+            Rows a query; 10, or what the plan returns.
+        plan
+            What to run: a `Plan`, a `Cascade` or its text, like
+            ``"graph(ef=80) 384:int8@40 > 384@10"``. By default the plan that was stored
+            (`set_plan`), else every row is scored at full size.
+        dims
+            Score every row at this prefix size instead.
+        filter
+            SQL condition on id and payload: ``"year >= 2020 AND lang = 'de'"``.
+        columns
+            Payload columns to return.
+        threads
+            At most this many; by default all cores, for batches that are worth it.
+
+        Raises
+        ------
+        SpaceMismatchError
+            If the queries are of another Space.
+        PlanError
+            If the plan does not fit the index.
+        DataError
+            If queries, filter or columns do not fit.
+        """
+        asked = self._queries(queries)
+        try:
+            view, chosen, found = self._run(asked, plan, dims, k, filter, threads)
+        except Damaged as error:
+            _log.warning("%s Derived files are made again from the record.", error)
+            self._discard(self._seen().generation)
+            view, chosen, found = self._run(asked, plan, dims, k, filter, threads)
+        ids = view.ids(found.rows)
+        hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
+        if columns is None:
+            return hits
+        return _with_payload(hits, view, list(columns))
+
+    # --- plans ----------------------------------------------------------------------------------
+
+    @property
+    def plan_stored(self) -> Plan | None:
+        """The plan that searches follow."""
+        try:
+            return Plan.parse(json.loads((self.path / _PLAN).read_text("utf-8"))["plan"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(
+                f"{self.path / _PLAN} cannot be read ({error}). Remove it, or plan again."
+            ) from error
+
+    def plan(
+        self,
+        queries: Embeddings | ArrayLike | None = None,
+        *,
+        recall: float | int | None = None,
+        ms: float | int | None = None,
+        resident_bytes: float | int | None = None,
+        k: int = 10,
+        confidence: float | int = 0.95,
+        structures: Iterable[str] = tuple(engine.STRUCTURES),
+        n_queries: int = 2000,
+        seed: int = 0,
+        keep: bool = True,
+    ) -> Planned:
+        """Find the cheapest plan that keeps a budget on your data, certify it and store it.
+
+        Parameters
+        ----------
+        queries : (n, dim), optional
+            The more like those to come the better. Half of them choose the plan, the others, which
+            took no part in that, certify it. By default rows of the gallery stand in, each passing
+            over itself, and the certificate is for queries like them.
+        recall
+            Share of the ``k`` exact full-size neighbours to find, of each query on average, with
+            ``confidence``; the cheapest plan that does is taken. 0.99 if no budget is given.
+        ms
+            Milliseconds a query may take on one thread; the plan of most recall within it.
+        resident_bytes
+            Bytes a vector may take in memory, everything included.
+        structures
+            Those to try; they are built if they are not there.
+        n_queries
+            At most this many.
+        keep
+            Store the plan, so that searches follow it.
+
+        Returns
+        -------
+        Planned
+            Its ``plan`` is None if no plan was certified; ``sentence`` says why, and what could
+            be. Nothing is stored then.
+        """
+        if recall is None and ms is None and resident_bytes is None:
+            recall = 0.99
+        for name, value, most in (("recall", recall, 1.0), ("confidence", confidence, 1.0)):
+            if value is not None and not 0 < value <= most:
+                raise DataError(f"{name} {value} is a share: above 0, at most 1.")
+        view = self._seen()
+        found = planner.find(
+            view,
+            None if queries is None else self._queries(queries),
+            k=k,
+            recall=None if recall is None else float(recall),
+            ms=None if ms is None else float(ms),
+            resident_bytes=None if resident_bytes is None else float(resident_bytes),
+            structures=structures,
+            confidence=float(confidence),
+            n_queries=n_queries,
+            seed=seed,
+            show_progress=self.show_progress,
+        )
+        if keep and found.plan is not None:
+            self.set_plan(found.plan, version=view.snapshot.version, **planner.as_json(found))
+        return found
+
+    def set_plan(self, plan: Plan | Cascade | str | None, **about: Any) -> None:
+        """Store the plan that searches follow from now on, with what is known about it."""
+        if plan is None:
+            (self.path / _PLAN).unlink(missing_ok=True)
+            return
+        chosen = _as_plan(plan)
+        engine.check(chosen, self._seen().generation)
+        with written_beside(self.path / _PLAN) as scratch:
+            scratch.write_text(json.dumps({"plan": str(chosen), **about}, indent=1) + "\n", "utf-8")
+
+    def build(self, *names: str) -> None:
+        """Build structures (``"graph"``, ``"lists"``) now rather than when a plan first asks."""
+        generation = self._seen().generation
+        for name in names:
+            if name not in engine.STRUCTURES:
+                raise PlanError(
+                    f"there is no structure {name!r}; there are {', '.join(engine.STRUCTURES)}."
+                )
+            if name != "exact":
+                getattr(generation, name)()
+
+    # --- keeping house --------------------------------------------------------------------------
+
+    def compact(self, *, keep_versions: int = 1) -> int:
+        """Make the record small again, and derive everything anew from its newest version.
+
+        The structures that stand are built again over all rows, so that none are fresh; searches
+        go on meanwhile. Returns the bytes of the record that became free.
+        """
+        with self._written() as store:
+            freed = store.compact(keep_versions=keep_versions)
+        with self._lock:
+            old = self._seen()
+            stale = old.n_fresh or old.n_dead or len(old.generation) != len(old)
+            if stale:
+                names = [n for n in old.generation.built() if n != "vectors"]
+                generation = self._derive()
+                for name in sorted(names):
+                    kind, _, dim = name.partition("-")
+                    getattr(generation, kind)(*([int(dim)] if dim else []))
+                self._view = View(self._store.snapshot, generation)
+        self._sweep()
+        del old
+        with self._written() as store:  # the version that this index was reading until now
+            return freed + store.compact(keep_versions=keep_versions)
+
+    def check(self) -> dict[str, Any]:
+        """Read every file, and say what is damaged.
+
+        Returns ``{"ok", "record", "derived"}``: ``record`` is the store's report, ``derived`` the
+        names of derived files that do not fit their checksum. Those are no loss: they are made
+        again when they are needed. Removes them.
+        """
+        report = self._store.check()
+        generation = self._seen().generation
+        derived = generation.damaged_files()
+        if derived:
+            self._discard(generation)
+        return {"ok": report.ok and not derived, "record": report, "derived": derived}
+
+    def stats(self) -> dict[str, Any]:
+        """Return figures: rows and versions, bytes of record and derived files, resident bytes."""
+        view = self._seen()
+        record = self._store.stats()
+        derived = view.generation.built()
+        return {
+            "rows": record.rows,
+            "version": record.version,
+            "versions": record.versions,
+            "fresh_rows": view.n_fresh,
+            "dead_rows": view.n_dead,
+            "dim": self.space.size,
+            "precision": self._store.layout.precision,
+            "durability": record.durability,
+            "record_bytes": record.record_bytes,
+            "derived_bytes": sum(derived.values()),
+            "resident_bytes": view.generation.resident_bytes() + view.fresh.nbytes,
+            "structures": derived,
+            "plan": None if (plan := self.plan_stored) is None else str(plan),
+        }
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Store]:
+        with self._writing:
+            if self._writer is None:
+                self._writer = Store.open(self.path, durability=self._store.durability)
+            yield self._writer
+
+    def _queries(self, queries: Embeddings | ArrayLike) -> NDArray[np.float32]:
+        if isinstance(queries, Embeddings):
+            self.space.check_same(queries.space)
+            queries = queries.array
+        array = np.asarray(queries)
+        if array.ndim == 1 and array.dtype != object:
+            array = array[None]
+        return as_matrix(array, dim=self.space.size, name="queries")
+
+    def _run(
+        self,
+        asked: NDArray[np.float32],
+        plan: Plan | Cascade | str | None,
+        dims: int | None,
+        k: int | None,
+        filter: str | None,
+        threads: int | None,
+    ) -> tuple[View, Plan, engine.Found]:
+        view = self._seen()
+        chosen = self._chosen(plan, dims, k)
+        engine.check(chosen, view.generation)
+        mask = view.everyone if filter is None else view.matching(filter)
+        return view, chosen, engine.run(chosen, asked, view, mask, threads=threads)
+
+    def _chosen(self, plan: Any, dims: int | None, k: int | None) -> Plan:
+        if plan is not None and dims is not None:
+            raise PlanError("plan and dims say the same thing twice: leave out one of them.")
+        if dims is not None:
+            return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
+        chosen = _as_plan(plan) if plan is not None else self.plan_stored
+        if chosen is None:
+            chosen = Plan(Cascade([Stage(self.space.size, 10 if k is None else k)]))
+        return chosen if k is None else _returning(chosen, k)
+
+    def _refreshed(self) -> None:
+        with self._lock:
+            if self._store.is_newer():
+                self._store.refresh()
+
+    def _seen(self) -> View:
+        """Return a view of the newest version."""
+        self._refreshed()
+        view, snapshot = self._view, self._store.snapshot
+        if view is not None and view.snapshot is snapshot:
+            return view
+        with self._lock:
+            if self._view is None:
+                self._view = View(snapshot, self._newest_generation() or self._derive())
+            elif self._view.snapshot is not self._store.snapshot:
+                self._view = View(self._store.snapshot, self._view.generation, self._view)
+            return self._view
+
+    def _newest_generation(self) -> Generation | None:
+        snapshot = self._store.snapshot
+        found = []
+        for folder in self._generations():
+            version, _, transaction = folder.name.partition("-")
+            if not version.isdigit() or int(version) > snapshot.version or not transaction:
+                continue  # of a version that was lost with the power, or no generation
+            if int(version) == snapshot.version and folder.name != snapshot.fingerprint:
+                continue
+            found.append((int(version), folder))
+        for _, folder in sorted(found, reverse=True):
+            try:
+                return Generation(folder, show_progress=self.show_progress)
+            except Damaged as error:
+                _log.warning("%s It is made again from the record.", error)
+        return None
+
+    def _generations(self) -> list[Path]:
+        home = self.path / _DERIVED
+        return [f for f in home.iterdir() if f.is_dir()] if home.is_dir() else []
+
+    def _derive(self) -> Generation:
+        sizes = sorted({*self.space.nesting_dims, self.space.size})
+        return Generation.derive(
+            self.path / _DERIVED, self._store.snapshot, sizes, show_progress=self.show_progress
+        )
+
+    def _discard(self, generation: Generation) -> None:
+        """Make a generation anew of which something is damaged."""
+        with self._lock:
+            if self._view is not None and self._view.generation is generation:
+                self._view = None
+                shutil.rmtree(generation.folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove generations that nobody here uses; whoever has one open keeps its files."""
+        view = self._view
+        for folder in self._generations():
+            if view is not None and folder != view.generation.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opening(rows: Any, payload: Any) -> tuple[Space, Batch | None, Any]:
+    """Return the Space, the first rows if any, and the schema of the payload."""
+    if isinstance(rows, Space):
+        return rows, None, _schema(payload)
+    batch = rows if isinstance(rows, Batch) else Batch(rows)
+    vectors = batch.vectors
+    if not isinstance(vectors, Embeddings):
+        raise DataError(
+            "an index begins with Embeddings or a Space, so that vectors of another model are "
+            "refused later: nestvec.Embeddings(array, space), or nestvec.encode(texts, model=...)."
+        )
+    ids = batch.ids if batch.ids is not None else vectors.ids
+    if ids is None:
+        ids = np.arange(len(vectors.array))
+    table = batch.payload if payload is None else payload
+    schema = _schema(table)
+    columns = table if schema is not table else batch.payload
+    bare = Embeddings(vectors.array, vectors.space)
+    return vectors.space, Batch(bare, np.asarray(ids), columns), schema
+
+
+def _schema(payload: Any) -> Any:
+    return payload.schema if hasattr(payload, "schema") else payload
+
+
+def _is_whole(ids: Any) -> bool:
+    return np.issubdtype(np.asarray(ids).dtype, np.integer)
+
+
+def _batches(rows: Any, ids: Any, payload: Any) -> Any:
+    if ids is None and payload is None and not isinstance(rows, np.ndarray):
+        return rows
+    return Batch(rows, ids, payload)
+
+
+def _as_plan(plan: Plan | Cascade | str) -> Plan:
+    if isinstance(plan, str):
+        return Plan.parse(plan)
+    return plan if isinstance(plan, Plan) else Plan(plan)
+
+
+def _returning(plan: Plan, k: int) -> Plan:
+    """Return the plan with ``k`` rows at its end; a shortlist is never shorter than that."""
+    *before, last = plan.cascade.stages
+    stages = [Stage(s.dim, max(s.keep, k), s.precision) for s in before]
+    return Plan(Cascade([*stages, Stage(last.dim, k, last.precision)]), plan.structure, plan.knobs)
+
+
+def _with_payload(hits: Hits, view: View, columns: list[str]) -> Hits:
+    rows = hits._found.rows
+    flat = view.row_ids(rows[rows >= 0])
+    unique, back = np.unique(flat, return_inverse=True)
+    table = view.snapshot.read(unique, columns).take(back)
+    ends = np.cumsum((rows >= 0).sum(axis=1))
+    tables = [table.slice(end - n, n) for end, n in zip(ends, (rows >= 0).sum(axis=1), strict=True)]
+    return replace(hits, payload=tables)
