@@ -18,11 +18,12 @@ def as_matrix(
     name: str = "embeddings",
     dim: int | None = None,
     allow_zero_rows: bool = False,
+    first_row: int = 0,
 ) -> NDArray[np.float32]:
     """Return ``values`` as a finite float32 matrix ``(n, dim)``, or say which row is wrong.
 
     float64, float16 and integers are converted; a float32 array (a memory map, too) is returned
-    without a copy. Raises `DataError` for ragged, empty, non-numeric, NaN, Inf or zero rows and
+    without a copy. ``first_row`` is the number of the first row, for messages. Raises `DataError` for ragged, empty, non-numeric, NaN, Inf or zero rows and
     `DimensionError` for the wrong number of columns.
     """
     try:
@@ -46,25 +47,29 @@ def as_matrix(
             array = array.astype(np.float32)
     for start in range(0, len(array), _BLOCK):
         block = array[start : start + _BLOCK]
+        first = first_row + start
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             raise DataError(
-                f"{name}: row {start + int(np.argmin(finite))} holds NaN or Inf "
-                f"({int((~finite).sum())} such rows in rows {start}..{start + len(block) - 1}). "
+                f"{name}: row {first + int(np.argmin(finite))} holds NaN or Inf "
+                f"({int((~finite).sum())} such rows in rows {first}..{first + len(block) - 1}). "
                 f"Drop or re-embed them."
             )
         if not allow_zero_rows:
             nonzero = block.any(axis=1)
             if not nonzero.all():
                 raise DataError(
-                    f"{name}: row {start + int(np.argmin(nonzero))} is all zeros, so it has no "
+                    f"{name}: row {first + int(np.argmin(nonzero))} is all zeros, so it has no "
                     f"direction and no cosine. Drop it, or re-embed its text."
                 )
     return array
 
 
-def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
-    """Return ids as int64 or str array ``(n,)`` without duplicates, or raise `DataError`."""
+def as_ids(ids: Any, n: int, *, name: str = "ids", first_row: int = 0) -> NDArray[Any]:
+    """Return ids as int64 or str array ``(n,)`` without duplicates, or raise `DataError`.
+
+    ``first_row`` is the number of the first row, for messages.
+    """
     array = np.asarray(ids)
     if array.dtype.kind in "iu":
         if array.size and array.max() > np.iinfo(np.int64).max:
@@ -79,15 +84,15 @@ def as_ids(ids: Any, n: int, *, name: str = "ids") -> NDArray[Any]:
     if array.dtype.kind == "U" and not is_unicode("".join(array.tolist())):
         row = next(row for row, one in enumerate(array.tolist()) if not is_unicode(one))
         raise DataError(
-            f"{name}: the id of row {row}, {str(array[row])!r}, holds half of a character (a lone "
+            f"{name}: the id of row {first_row + row}, {str(array[row])!r}, holds half of a character (a lone "
             f"surrogate), so it cannot be written as UTF-8. Replace it."
         )
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) != n:
         twice = int(np.flatnonzero(counts > 1)[0])
-        rows = np.flatnonzero(array == unique[twice])[:2].tolist()
+        rows = (first_row + np.flatnonzero(array == unique[twice])[:2]).tolist()
         raise DataError(
-            f"{name}: {n - len(unique)} duplicate ids; {unique[twice]!r} stands in rows "
+            f"{name}: {n - len(unique)} duplicate ids; {unique[twice].item()!r} stands in rows "
             f"{rows[0]} and {rows[1]}. Ids must be unique."
         )
     return array
