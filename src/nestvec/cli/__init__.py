@@ -37,11 +37,12 @@ def _root(
     pass
 
 
-for _name in ("demo", "embed", "fit", "transform", "measure", "search", "export", "classify"):
+for _name in "demo embed fit transform measure search plan export classify".split():
     _module = importlib.import_module(f"nestvec.cli.{_name}")
     app.command(name=_name, epilog=_module.EPILOG)(getattr(_module, _name))
 
-app.add_typer(importlib.import_module("nestvec.cli.train").app, name="train")
+for _name in ("index", "train"):
+    app.add_typer(importlib.import_module(f"nestvec.cli.{_name}").app, name=_name)
 
 
 def main() -> None:

@@ -53,6 +53,18 @@ Dims = Annotated[
 ]
 
 
+# what errors tell people to write in Python, as they would type it here
+_TYPED = {
+    "pass allow_untrained=True": "add --allow-untrained",
+    "with fresh=True": "with --fresh",
+    "nestvec.Index.create() makes one": "nestvec index create makes one",
+    "upsert() replaces rows, append() only adds them": "nestvec index upsert replaces rows, add "
+    "only adds them",
+    "missing_ok=True deletes the others": "--missing-ok deletes the others",
+    "with precision='float32'": "with --precision float32",
+}
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn our errors into one sentence and exit code 2, and Ctrl-C into exit code 130."""
 
@@ -61,11 +73,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except NestvecError as error:
-            fail(
-                str(error)
-                .replace("pass allow_untrained=True", "add --allow-untrained")
-                .replace("with fresh=True", "with --fresh")
-            )
+            message = str(error)
+            for python, typed in _TYPED.items():
+                message = message.replace(python, typed)
+            fail(message)
         except KeyboardInterrupt:
             log.print("\ninterrupted")
             raise typer.Exit(130) from None

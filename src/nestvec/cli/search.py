@@ -1,4 +1,4 @@
-"""nestvec search: run a plan over a gallery, for query vectors or for words."""
+"""nestvec search: run a plan over an index or a file of vectors, for query vectors or for words."""
 
 from __future__ import annotations
 
@@ -9,40 +9,34 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from nestvec.cli._common import (
-    Column,
-    Json,
-    ModelName,
-    command,
-    describe,
-    fail,
-    note,
-    out,
-    print_json,
-    prompted,
-    read_lines,
-)
+from nestvec.cli._common import Json, ModelName, command, fail, prompted, read_lines
+from nestvec.cli._galleries import Filed, Indexed
+from nestvec.cli._index import is_index
 from nestvec.cli.embed import read_source
 from nestvec.errors import ModelError
-from nestvec.search import SearchResult, as_plan, cascade_search
-from nestvec.space import Embeddings
+from nestvec.space import Embeddings, Space
 
 EPILOG = """
 Examples:
+
+  nestvec search docs.nest "how do I cut a vector" --column title --filter "year >= 2020"
+
+  nestvec search docs.nest --queries asks.safetensors -k 3 --json    (by the plan that was stored)
 
   nestvec search docs.safetensors "how do I cut a vector" --texts docs/
 
   nestvec search docs.safetensors --queries asks.safetensors --plan "64:int8@400 > 384@10" --json
 
-  cat questions.txt | nestvec search docs.safetensors - -k 3
+  cat questions.txt | nestvec search docs.nest - -k 3
 """
 
 
 @command
 def search(
-    gallery: Annotated[Path, typer.Argument(help="Vectors to search.", show_default=False)],
+    gallery: Annotated[
+        Path, typer.Argument(help="An index, or a file of vectors.", show_default=False)
+    ],
     query: Annotated[
         str | None,
         typer.Argument(
@@ -57,11 +51,27 @@ def search(
     plan: Annotated[
         str | None,
         typer.Option(
-            help='Stages dim[:precision]@keep, like "64@100 > 384@10". By default one exact pass.',
+            help='Stages dim[:precision]@keep, like "64@100 > 384@10", and for an index maybe a '
+            "structure before them, like graph(ef=80). By default the plan that nestvec plan "
+            "stored, else one exact pass.",
             show_default=False,
         ),
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Answers a query, without --plan.")] = 10,
+    dims: Annotated[
+        int | None,
+        typer.Option(help="Score every row at this size, instead of --plan.", show_default=False),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("-k", min=1, help="Answers a query.", show_default="the plan's, or 10"),
+    ] = None,
+    filter: Annotated[
+        str | None,
+        typer.Option(
+            help="Index: a condition on id and columns, like \"year >= 2020 AND lang = 'de'\".",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Encoder for the words; by default the gallery's.", show_default=False),
@@ -75,9 +85,19 @@ def search(
     ] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="What the gallery was embedded from, to print it.", show_default=False),
+        typer.Option(
+            help="File: what it was embedded from, to print that beside the answers.",
+            show_default=False,
+        ),
     ] = None,
-    column: Column = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Index: a column to print; repeat for more. File: the column of --texts that "
+            "holds the text.",
+            show_default=False,
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -87,35 +107,45 @@ def search(
     allow_untrained: Annotated[
         bool, typer.Option(help="Accept sizes that are not nesting dims.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say where each answer stood after each stage.")
+    ] = False,
     model_name: ModelName = None,
     json: Json = False,
 ) -> None:
-    """Search a gallery: cheap first, then exact."""
-    docs = Embeddings.load(gallery, space=model_name)
-    chosen = as_plan(plan, dim=docs.dim, k=k)
-    bodies = _texts_of(texts, column)
+    """Search an index or a file of vectors: cheap first, then exact."""
+    if plan is not None and dims is not None:
+        fail("--plan and --dims say the same thing twice: leave out one.")
+    if queries is not None and query is not None:
+        fail("give words or --queries, not both.")
+    if is_index(gallery):
+        if texts is not None:
+            fail("--texts is for files; of an index, name columns to print with --column.")
+        found = Indexed(gallery, plan, dims, k, filter, column, explain)
+    else:
+        if filter is not None:
+            fail(f"--filter is for an index, and {gallery} is a file.")
+        if column and (texts is None or len(column) > 1):
+            fail("--column is for a file the one column of --texts that holds the text.")
+        bodies = _texts_of(texts, column[0] if column else None)
+        found = Filed(gallery, plan, dims, k, bodies, allow_untrained, explain, model_name)
     if queries is not None:
-        if query is not None:
-            fail("give words or --queries, not both.")
-        asked = Embeddings.load(queries, space=model_name)
-        found = cascade_search(asked, docs, chosen, allow_untrained=allow_untrained)
-        _show([str(i) for i in asked.ids.tolist()], found, bodies, docs, json)
+        asked = found.read(queries, model_name)
+        found.show([str(i) for i in asked.ids.tolist()], asked, json)
         return
-    ask = _encoder_like(docs, model, max_length, map or [], allow_untrained)
+    ask = _encoder_like(found.space, model, max_length, map or [], allow_untrained)
     if query is None and sys.stdin.isatty():
         for words in prompted("search (an empty line ends)"):
-            found = cascade_search(ask([words]), docs, chosen, allow_untrained=allow_untrained)
-            _show([words], found, bodies, docs, json)
+            found.show([words], ask([words]), json)
         return
     asked_words = [query] if query not in (None, "-") else read_lines(Path("-"))
     if not asked_words:
         fail("no query: write one behind the gallery, or one a line on stdin.")
-    found = cascade_search(ask(asked_words), docs, chosen, allow_untrained=allow_untrained)
-    _show(asked_words, found, bodies, docs, json)
+    found.show(asked_words, ask(asked_words), json)
 
 
 def _encoder_like(
-    docs: Embeddings,
+    space: Space,
     model: str | None,
     max_length: int | None,
     maps: list[Path],
@@ -125,7 +155,6 @@ def _encoder_like(
     from nestvec.encoders import TextEncoder
     from nestvec.maps import load_map
 
-    space = docs.space
     if space.fingerprint.startswith("declared:") and model is None:
         fail(
             f"{space.label} was stamped by name, so its encoder is not known. "
@@ -162,37 +191,3 @@ def _texts_of(path: Path | None, column: str | None) -> dict[str, str]:
         return {}
     texts = read_source(path, "document", column)
     return dict(zip(texts.ids, texts.texts, strict=True))
-
-
-def _show(
-    asked: list[str], found: SearchResult, bodies: dict[str, str], docs: Embeddings, json: bool
-) -> None:
-    if json:
-        print_json(
-            {
-                "space": describe(docs.space),
-                "plan": str(found.plan),
-                "n_gallery": len(docs),
-                "macs_per_query": found.macs_per_query,
-                "bytes_per_query": found.bytes_per_query,
-                "queries": [
-                    {"query": words, "hits": found.explain(row)} for row, words in enumerate(asked)
-                ],
-            }
-        )
-        return
-    for row, words in enumerate(asked):
-        table = Table(title=words, title_justify="left", title_style="bold", box=None)
-        table.add_column("score", justify="right")
-        table.add_column("id", overflow="fold")
-        if bodies:
-            table.add_column("text")
-        for id_, score in zip(found.ids[row].tolist(), found.scores[row].tolist(), strict=True):
-            text = [" ".join(bodies.get(str(id_), "").split())[:200]] if bodies else []
-            table.add_row(f"{score:.4f}", str(id_), *text)
-        out.print(table)
-    exact = len(docs) * docs.dim
-    note(
-        f"{found.plan}: {found.macs_per_query:,} multiply-adds a query, "
-        f"{found.macs_per_query / exact:.1%} of one exact full pass over {len(docs):,} vectors."
-    )

@@ -64,6 +64,10 @@ class Hits:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        n, k = self.ids.shape
+        return f"Hits({n} x {k}, {self.plan}, version {self.version})"
+
     def __iter__(self) -> Iterator[list[tuple[Any, float]]]:
         """Yield for each query its (id, score) pairs."""
         for ids, scores in zip(self.ids, self.scores, strict=True):
@@ -203,6 +207,11 @@ class Index:
     def space(self) -> Space:
         """The Space that all vectors live in."""
         return self._store.layout.space
+
+    @property
+    def schema(self) -> Any:
+        """The columns, a pyarrow.Schema: id, vector, then the payload."""
+        return self._store.layout.schema
 
     @property
     def version(self) -> int:

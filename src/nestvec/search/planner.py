@@ -45,9 +45,9 @@ class Measured:
     resident_bytes: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planned:
-    """What the planner found.
+    """What the planner found; `table` prints it.
 
     Attributes
     ----------
@@ -74,6 +74,32 @@ class Planned:
     gallery_like: bool = False
     sentence: str = ""
     budget: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Planned({self.sentence!r})"
+
+    def table(self) -> str:
+        """Return the frontier as text: recall, ms and bytes of each plan; ``>`` marks the chosen.
+
+        ``proven`` is the lower confidence bound of a plan that was tested on the certifying
+        queries.
+        """
+        head = f"  {'recall':>7}{'proven':>8}{'ms':>9}{'bytes':>8}  plan"
+        proven = self.proven()
+        lines = [head]
+        for one in self.frontier:
+            mark = ">" if one.plan == self.plan else " "
+            low = f"{proven[one.plan]:.4f}" if one.plan in proven else ""
+            lines.append(
+                f"{mark} {one.recall:7.4f}{low:>8}{one.ms:9.3g}{one.resident_bytes:8.0f}  {one.plan}"
+            )
+        return "\n".join(lines)
+
+    def proven(self) -> dict[Plan, float]:
+        """Return the lower bound of each plan that was tested for the certificate."""
+        bounds = self.certificate.bounds if self.certificate else ()
+        tested = zip(self.tested, bounds, strict=False)  # none is tested after one that failed
+        return {one.plan: bound.lower for one, bound in tested}
 
 
 def find(

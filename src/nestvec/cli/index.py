@@ -1,0 +1,450 @@
+"""nestvec index: make an index, write to it, keep it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from nestvec.cli._common import (
+    Json,
+    ModelName,
+    command,
+    describe,
+    fail,
+    note,
+    out,
+    print_json,
+    read_lines,
+)
+from nestvec.cli._index import (
+    Folder,
+    as_ids,
+    batches,
+    id_type_of,
+    is_whole,
+    like,
+    new_space,
+    no_stamp,
+    open_index,
+)
+from nestvec.errors import DataError, SpaceError
+
+if TYPE_CHECKING:
+    from nestvec.search import Index
+
+HELP = "Keep vectors on disk, durable and searchable while they change."
+
+CREATE_EPILOG = """
+Examples:
+
+  nestvec index create docs.nest docs.safetensors               (as nestvec embed writes it)
+
+  nestvec index create docs.nest docs.parquet --column title --column year
+
+  nestvec index create docs.nest old.jsonl --model-name text-embedding-3-small --vector emb
+"""
+ADD_EPILOG = """
+Examples:
+
+  nestvec index add docs.nest more.parquet
+
+  nestvec index add docs.nest more.npy --ids ids.txt --model-name text-embedding-3-small
+"""
+UPSERT_EPILOG = """
+Examples:
+
+  nestvec index upsert docs.nest changed.parquet
+"""
+DELETE_EPILOG = """
+Examples:
+
+  nestvec index delete docs.nest doc7 doc12
+
+  nestvec index delete docs.nest --ids gone.txt --missing-ok
+
+  comm -23 old.txt new.txt | nestvec index delete docs.nest -
+"""
+GET_EPILOG = """
+Examples:
+
+  nestvec index get docs.nest doc7 --column title --column vector
+
+  nestvec index get docs.nest - --json < ids.txt
+"""
+COMPACT_EPILOG = """
+Examples:
+
+  nestvec index compact docs.nest
+"""
+CHECK_EPILOG = """
+Examples:
+
+  nestvec index check docs.nest || echo damaged
+"""
+STATS_EPILOG = """
+Examples:
+
+  nestvec index stats docs.nest --json
+"""
+
+app = typer.Typer(no_args_is_help=True, help=HELP)
+
+_FORMATS = ".parquet, .arrow, .feather, .lance, .jsonl, .safetensors, .npz, .npy, .csv"
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help=f"Vectors, ids and the index's columns (others are left out): {_FORMATS}.",
+        show_default=False,
+    ),
+]
+VectorColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--vector", help="Column (JSONL: key) of the vectors.", show_default="vector, embedding"
+    ),
+]
+IdColumn = Annotated[
+    str | None,
+    typer.Option("--id", help="Column (JSONL: key) of the ids.", show_default="id, _id"),
+]
+IdFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Ids, one a line, in place of those in the file; - is stdin.", show_default=False
+    ),
+]
+Ids = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ids; - reads one a line from stdin.", show_default=False),
+]
+Durability = Annotated[
+    Literal["power", "process"],
+    typer.Option(help="What a finished write survives: a power cut, or the end of the process."),
+]
+
+
+@app.command(epilog=CREATE_EPILOG)
+@command
+def create(
+    index: Annotated[
+        Path, typer.Argument(metavar="INDEX", help="Folder to make.", show_default=False)
+    ],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help=f"Vectors, with ids and columns if they have any: {_FORMATS}. All but the last "
+            "are read some rows at a time.",
+            show_default=False,
+        ),
+    ],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column to keep beside id and vector; repeat for more.", show_default="all"
+        ),
+    ] = None,
+    no_columns: Annotated[bool, typer.Option("--no-columns", help="Keep none.")] = False,
+    vector: VectorColumn = None,
+    id: IdColumn = None,
+    ids: IdFile = None,
+    precision: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Of the vectors on disk.")
+    ] = "float32",
+    durability: Durability = "power",
+    model_name: ModelName = None,
+    json: Json = False,
+) -> None:
+    """Make an index of the vectors in a file."""
+    if (index / "nestvec.json").is_file():
+        fail(
+            f"there is an index at {index}. nestvec index add adds rows to it, upsert replaces "
+            f"them."
+        )
+    if column and no_columns:
+        fail("--column and --no-columns contradict each other: leave out one.")
+    from nestvec.cli._rows import open_rows
+    from nestvec.search import Index
+
+    rows = open_rows(source, vector=vector, id=id)
+    space = new_space(rows, model_name)
+    given = None if ids is None else read_lines(ids)
+    names = [] if no_columns else column or rows.columns.names
+    id_type = rows.id_type or "int"
+    if given is not None:
+        id_type = "int" if all(map(is_whole, given)) else "str"
+    made = Index.create(
+        index,
+        space,
+        payload=rows.schema_of(names),
+        id_type=id_type,
+        precision=precision,
+        durability=durability,
+    )
+    try:
+        made.add(batches(rows, space, names, as_ids(given, id_type), id_type=id_type))
+    except BaseException:
+        shutil.rmtree(index, ignore_errors=True)
+        raise
+    if json:
+        print_json(
+            {
+                "index": str(index),
+                "rows": len(made),
+                "version": made.version,
+                "columns": made.schema.names,
+                "id_type": id_type,
+                "space": describe(space),
+            }
+        )
+        return
+    out.print(f"{index}: {len(made):,} rows, {space.label}", markup=False)
+    if rows.id_type is None and given is None:
+        note(f"{source} has no ids: its rows are numbered from 0")
+    if names:
+        note(f"columns: {', '.join(names)}")
+    note(f"next: nestvec plan {index} --recall 0.99")
+
+
+@app.command(epilog=ADD_EPILOG)
+@command
+def add(
+    index: Folder,
+    source: Source,
+    vector: VectorColumn = None,
+    id: IdColumn = None,
+    ids: IdFile = None,
+    durability: Durability = "power",
+    model_name: ModelName = None,
+    json: Json = False,
+) -> None:
+    """Add rows with new ids: all of them, or none."""
+    _write(index, source, "add", vector, id, ids, durability, model_name, json)
+
+
+@app.command(epilog=UPSERT_EPILOG)
+@command
+def upsert(
+    index: Folder,
+    source: Source,
+    vector: VectorColumn = None,
+    id: IdColumn = None,
+    ids: IdFile = None,
+    durability: Durability = "power",
+    model_name: ModelName = None,
+    json: Json = False,
+) -> None:
+    """Add rows, or replace those whose ids exist: all of them, or none."""
+    _write(index, source, "upsert", vector, id, ids, durability, model_name, json)
+
+
+@app.command(epilog=DELETE_EPILOG)
+@command
+def delete(
+    index: Folder,
+    ids: Ids = None,
+    ids_file: Annotated[
+        Path | None,
+        typer.Option("--ids", help="Ids, one a line; - is stdin.", show_default=False),
+    ] = None,
+    missing_ok: Annotated[
+        bool, typer.Option("--missing-ok", help="Pass over ids that do not exist.")
+    ] = False,
+    durability: Durability = "power",
+    json: Json = False,
+) -> None:
+    """Remove rows by their ids: all of them, or none."""
+    opened = open_index(index, durability=durability)
+    asked = _asked(opened, ids, ids_file)
+    done = opened.delete(asked, missing_ok=missing_ok)
+    _say(index, done, json)
+
+
+@app.command(epilog=GET_EPILOG)
+@command
+def get(
+    index: Folder,
+    ids: Ids = None,
+    ids_file: Annotated[
+        Path | None,
+        typer.Option("--ids", help="Ids, one a line; - is stdin.", show_default=False),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to show; repeat for more.", show_default="all but vector"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show rows by their ids."""
+    opened = open_index(index)
+    names = [name for name in opened.schema.names if name not in ("id", "vector")]
+    columns = ["id", *(name for name in column or names if name != "id")]
+    rows = opened.get(_asked(opened, ids, ids_file), columns=columns).to_pylist()
+    if json:
+        print_json({"version": opened.version, "rows": rows})
+        return
+    table = Table(*map(escape, columns), box=None)
+    for row in rows:
+        table.add_row(*(escape(_short(row[name])) for name in columns))
+    out.print(table)
+
+
+@app.command(epilog=COMPACT_EPILOG)
+@command
+def compact(
+    index: Folder,
+    keep_versions: Annotated[
+        int, typer.Option(min=1, help="How many of the newest versions stay.")
+    ] = 1,
+    durability: Durability = "power",
+    json: Json = False,
+) -> None:
+    """Free what deleted and replaced rows take, and build the structures anew over all rows."""
+    opened = open_index(index, durability=durability)
+    freed = opened.compact(keep_versions=keep_versions)
+    if json:
+        print_json({"index": str(index), "version": opened.version, "bytes_freed": freed})
+    else:
+        out.print(f"{index}: version {opened.version}, {freed:,} bytes freed", markup=False)
+
+
+@app.command(epilog=CHECK_EPILOG)
+@command
+def check(index: Folder, json: Json = False) -> None:
+    """Read every file and say what is damaged; the exit code is 1 if anything is."""
+    found = open_index(index).check()
+    record = found["record"]
+    if json:
+        print_json(
+            {
+                "index": str(index),
+                "ok": found["ok"],
+                "version": record.version,
+                "rows": record.rows,
+                "files": record.files,
+                "bytes": record.bytes,
+                "damage": list(record.damage),
+                "waste": [str(path) for path in record.waste],
+                "unverified": [str(path) for path in record.unverified],
+                "derived": found["derived"],
+            }
+        )
+    else:
+        out.print(str(record), markup=False)
+        for name in found["derived"]:
+            out.print(f"{name} is damaged; it is made again when it is needed", markup=False)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=STATS_EPILOG)
+@command
+def stats(index: Folder, json: Json = False) -> None:
+    """Say how many rows there are, and what they take on disk and in memory."""
+    opened = open_index(index)
+    figures = opened.stats()
+    plan = opened.plan_stored
+    if plan is not None and plan.structure in ("exact", *figures["structures"]):
+        # what a search holds is known when one has been made
+        opened.search([1.0] * opened.space.size)
+        figures = opened.stats()
+    if json:
+        print_json({"index": str(index), "space": describe(opened.space), **figures})
+        return
+    rows = max(1, figures["rows"])
+    parts = ", ".join(f"{name} {size:,}" for name, size in figures["structures"].items())
+    table = Table(box=None, show_header=False)
+    for name, value in (
+        ("rows", f"{figures['rows']:,} of {figures['dim']} {figures['precision']} numbers"),
+        ("space", opened.space.label),
+        ("columns", ", ".join(opened.schema.names)),
+        ("version", f"{figures['version']}; {figures['versions']} kept"),
+        ("durability", f"{figures['durability']}: {_DURABLE[figures['durability']]}"),
+        ("record", f"{figures['record_bytes']:,} bytes on disk"),
+        ("derived", f"{figures['derived_bytes']:,} bytes on disk ({parts})"),
+        (
+            "resident",
+            f"{figures['resident_bytes']:,} bytes in memory, "
+            f"{figures['resident_bytes'] / rows:,.0f} a row",
+        ),
+        (
+            "since built",
+            f"{figures['fresh_rows']:,} rows written, {figures['dead_rows']:,} replaced or deleted",
+        ),
+        ("plan", figures["plan"] or "none: every row is scored (nestvec plan finds one)"),
+    ):
+        table.add_row(name, escape(value))
+    out.print(table)
+
+
+_DURABLE = {
+    "power": "a finished write survives a power cut",
+    "process": "a finished write survives the end of the process",
+}
+
+
+def _write(
+    index: Path,
+    source: Path,
+    how: Literal["add", "upsert"],
+    vector: str | None,
+    id: str | None,
+    ids: Path | None,
+    durability: str,
+    model_name: str | None,
+    json: bool,
+) -> None:
+    from nestvec.cli._rows import open_rows
+
+    opened = open_index(index, durability=durability)
+    rows = open_rows(source, vector=vector, id=id)
+    if rows.stamp is not None:
+        opened.space.check_same(rows.stamp)
+    if like(opened.space, model_name) is None and rows.stamp is None:
+        raise SpaceError(no_stamp(source, f"{opened.space.model or opened.space.space_id}"))
+    names = [name for name in opened.schema.names if name not in ("id", "vector")]
+    id_type = id_type_of(opened)
+    given = None if ids is None else as_ids(read_lines(ids), id_type)
+    new = batches(rows, opened.space, names, given, numbered=False)
+    try:
+        done = getattr(opened, how)(new)
+    except DataError as error:
+        raise error if str(source) in str(error) else type(error)(f"{source}: {error}") from error
+    _say(index, done, json)
+
+
+def _asked(index: Index, ids: Sequence[str] | None, file: Path | None) -> list[Any]:
+    if ids and file is not None:
+        fail("give ids or --ids FILE, not both.")
+    if list(ids or []) == ["-"]:
+        file = Path("-")
+    found = list(ids or []) if file is None else read_lines(file)
+    if not found:
+        fail("no ids: write them behind the index, or give a file with --ids.")
+    return list(as_ids(found, id_type_of(index)) or [])
+
+
+def _say(index: Path, done: Any, json: bool) -> None:
+    if json:
+        print_json({"index": str(index), **done._asdict()})
+        return
+    did = ", ".join(
+        f"{getattr(done, what):,} {what}"
+        for what in ("inserted", "updated", "deleted")
+        if getattr(done, what)
+    )
+    out.print(f"{index}: {did or 'nothing to do'}, version {done.version}", markup=False)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return (
+            f"[{', '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in value[:3])}, "
+            f"... {len(value)}]"
+        )
+    return " ".join(str(value).split())[:200]

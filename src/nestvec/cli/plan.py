@@ -1,0 +1,158 @@
+"""nestvec plan: find the cheapest plan of an index that keeps a budget, and certify it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from nestvec._atomic import make_way, written_beside
+from nestvec._extras import require
+from nestvec.cli._common import Json, ModelName, command, fail, log, note, out, print_json
+from nestvec.cli._index import Folder, open_index, read_queries
+
+if TYPE_CHECKING:
+    from nestvec.search import Planned
+
+EPILOG = """
+Examples:
+
+  nestvec plan docs.nest --recall 0.99 --queries asks.safetensors
+
+  nestvec plan docs.nest --ms 0.5 --plot plans.svg          (gallery rows stand in for queries)
+
+  nestvec plan docs.nest --recall 0.95 --bytes 200 --structures exact,lists
+"""
+
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+@command
+def plan(
+    index: Folder,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the exact neighbours to find; the cheapest plan that does is taken. "
+            "0.99 if no budget is given.",
+            show_default=False,
+        ),
+    ] = None,
+    ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds a query may take on one thread.", show_default=False),
+    ] = None,
+    bytes: Annotated[
+        float | None,
+        typer.Option(help="Bytes a vector may take in memory.", show_default=False),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Query vectors like those to come; by default rows of the gallery stand in.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Answers a query.")] = 10,
+    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
+    structures: Annotated[
+        str, typer.Option(help="Those to try, joined by commas.")
+    ] = "exact,graph,lists",
+    n_queries: Annotated[int, typer.Option(min=20, help="At most so many queries.")] = 2000,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help=f"Draw recall against time ({', '.join(_PLOTS)}).", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do not store the plan in the index.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the queries that are drawn.")] = 0,
+    model_name: ModelName = None,
+    json: Json = False,
+) -> None:
+    """Find the cheapest plan for a budget, certify and store it; exit code 1 if there is none."""
+    if plot is not None:
+        _check_plot(plot)
+    opened = open_index(index)
+    asked = None if queries is None else read_queries(queries, opened.space, model_name)
+    found = opened.plan(
+        asked,
+        recall=recall,
+        ms=ms,
+        resident_bytes=bytes,
+        k=k,
+        confidence=confidence,
+        structures=[name.strip() for name in structures.split(",")],
+        n_queries=n_queries,
+        seed=seed,
+        keep=not dry_run,
+    )
+    if plot is not None:
+        _draw(found, plot)
+    if json:
+        from nestvec.search.planner import as_json
+
+        chosen = None if found.plan is None else str(found.plan)
+        print_json({"index": str(index), "plan": chosen, **as_json(found)})
+    else:
+        out.print(_table(found))
+        (log if found.plan is None else out).print(found.sentence, markup=False, highlight=False)
+    if found.plan is None:
+        raise typer.Exit(1)
+    if not dry_run:
+        note(f"stored: nestvec search {index} follows it")
+
+
+def _table(found: Planned) -> Table:
+    proven = found.proven()
+    table = Table(box=None)
+    for name in (f"recall@{found.k}", "proven", "ms", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("plan", overflow="fold")
+    for one in found.frontier:
+        is_chosen = one.plan == found.plan
+        table.add_row(
+            f"{one.recall:.4f}",
+            f"{proven[one.plan]:.4f}" if one.plan in proven else "",
+            f"{one.ms:.3g}",
+            f"{one.resident_bytes:,.0f}",
+            f"{one.plan}{'  <-' if is_chosen else ''}",
+            style="bold" if is_chosen else None,
+        )
+    return table
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() not in _PLOTS:
+        fail(f"--plot {path}: choose one of {', '.join(_PLOTS)}.")
+    require("matplotlib", extra="measure", why="a plot")
+    make_way(path)
+
+
+def _draw(found: Planned, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#808080", alpha=0.2, linewidth=0.6)
+    for name, colour in (("exact", "#7f7f7f"), ("graph", "#0072b2"), ("lists", "#d55e00")):
+        some = [(one.ms, one.recall) for one in found.frontier if one.plan.structure == name]
+        if some:
+            axes.plot(*zip(*some, strict=True), "o", color=colour, label=name)
+    for one in found.frontier:
+        if one.plan == found.plan:
+            axes.plot(one.ms, one.recall, "o", ms=14, mfc="none", mec="#009e73", mew=2)
+            axes.set_title(str(one.plan), fontsize=10)
+    for name, line in (("recall", axes.axhline), ("ms", axes.axvline)):
+        if name in found.budget:
+            line(found.budget[name], color="#808080", linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds a query, one thread")
+    axes.set_ylabel(f"recall@{found.k}")
+    if found.frontier:
+        axes.legend(frameon=False, loc="lower right")
+    with written_beside(path) as scratch:
+        figure.savefig(scratch, format=path.suffix.lower()[1:], dpi=150)
