@@ -587,7 +587,7 @@ def rotated(name: str) -> dict[int, list[np.ndarray]]:
 # --- masked language model --------------------------------------------------------------------
 
 MLM_DIMS = (16, 32, 64, 128)
-MLM = {"vocab": 8000, "length": 64, "layers": 4, "epochs": 6, "batch": 64, "rate": 1e-3}
+MLM = {"vocab": 8000, "length": 64, "layers": 4, "epochs": 3, "batch": 64, "rate": 1e-3}
 
 
 @cache
