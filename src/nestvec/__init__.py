@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nestvec.measurement import Curve, measure
     from nestvec.search import (
         Cascade,
+        Index,
         Plan,
         SearchResult,
         Stage,
@@ -34,6 +35,7 @@ _HOME = {
     "Embeddings": "nestvec.space",
     "ImageEncoder": "nestvec.encoders",
     "Images": "nestvec.corpus",
+    "Index": "nestvec.search",
     "MatryoshkaAdaptor": "nestvec.maps",
     "Plan": "nestvec.search",
     "PrincipalRotation": "nestvec.maps",
@@ -63,6 +65,7 @@ __all__ = [
     "Embeddings",
     "ImageEncoder",
     "Images",
+    "Index",
     "MatryoshkaAdaptor",
     "Plan",
     "PrincipalRotation",

@@ -23,8 +23,9 @@ def as_matrix(
     """Return ``values`` as a finite float32 matrix ``(n, dim)``, or say which row is wrong.
 
     float64, float16 and integers are converted; a float32 array (a memory map, too) is returned
-    without a copy. ``first_row`` is the number of the first row, for messages. Raises `DataError` for ragged, empty, non-numeric, NaN, Inf or zero rows and
-    `DimensionError` for the wrong number of columns.
+    without a copy. ``first_row`` is the number of the first row, for messages. Raises `DataError`
+    for ragged, empty, non-numeric, NaN, Inf or zero rows and `DimensionError` for the wrong number
+    of columns.
     """
     try:
         array = np.asarray(values)  # a memory map stays mapped
@@ -84,8 +85,8 @@ def as_ids(ids: Any, n: int, *, name: str = "ids", first_row: int = 0) -> NDArra
     if array.dtype.kind == "U" and not is_unicode("".join(array.tolist())):
         row = next(row for row, one in enumerate(array.tolist()) if not is_unicode(one))
         raise DataError(
-            f"{name}: the id of row {first_row + row}, {str(array[row])!r}, holds half of a character (a lone "
-            f"surrogate), so it cannot be written as UTF-8. Replace it."
+            f"{name}: the id of row {first_row + row}, {str(array[row])!r}, holds half of a "
+            f"character (a lone surrogate), so it cannot be written as UTF-8. Replace it."
         )
     unique, counts = np.unique(array, return_counts=True)
     if len(unique) != n:

@@ -27,6 +27,7 @@ Examples:
 """
 
 _PLOTS = (".png", ".svg", ".pdf")
+_MARKERS = {"exact": "s", "graph": "o", "lists": "D"}
 
 
 @command
@@ -58,8 +59,9 @@ def plan(
     k: Annotated[int, typer.Option("-k", min=1, help="Answers a query.")] = 10,
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
     structures: Annotated[
-        str, typer.Option(help="Those to try, joined by commas.")
-    ] = "exact,graph,lists",
+        str | None,
+        typer.Option(help="Those to try, like graph,lists; by default all.", show_default=False),
+    ] = None,
     n_queries: Annotated[int, typer.Option(min=20, help="At most so many queries.")] = 2000,
     plot: Annotated[
         Path | None,
@@ -77,6 +79,7 @@ def plan(
         _check_plot(plot)
     opened = open_index(index)
     asked = None if queries is None else read_queries(queries, opened.space, model_name)
+    some = {} if structures is None else {"structures": structures.replace(",", " ").split()}
     found = opened.plan(
         asked,
         recall=recall,
@@ -84,10 +87,10 @@ def plan(
         resident_bytes=bytes,
         k=k,
         confidence=confidence,
-        structures=[name.strip() for name in structures.split(",")],
         n_queries=n_queries,
         seed=seed,
         keep=not dry_run,
+        **some,
     )
     if plot is not None:
         _draw(found, plot)
@@ -138,10 +141,10 @@ def _draw(found: Planned, path: Path) -> None:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#808080", alpha=0.2, linewidth=0.6)
-    for name, colour in (("exact", "#7f7f7f"), ("graph", "#0072b2"), ("lists", "#d55e00")):
+    for name in dict.fromkeys(one.plan.structure for one in found.frontier):
         some = [(one.ms, one.recall) for one in found.frontier if one.plan.structure == name]
         if some:
-            axes.plot(*zip(*some, strict=True), "o", color=colour, label=name)
+            axes.plot(*zip(*some, strict=True), _MARKERS.get(name, "^"), label=name)
     for one in found.frontier:
         if one.plan == found.plan:
             axes.plot(one.ms, one.recall, "o", ms=14, mfc="none", mec="#009e73", mew=2)

@@ -381,7 +381,7 @@ class Index:
             recall=None if recall is None else float(recall),
             ms=None if ms is None else float(ms),
             resident_bytes=None if resident_bytes is None else float(resident_bytes),
-            structures=structures,
+            structures=_known(structures),
             confidence=float(confidence),
             n_queries=n_queries,
             seed=seed,
@@ -404,11 +404,7 @@ class Index:
     def build(self, *names: str) -> None:
         """Build structures (``"graph"``, ``"lists"``) now rather than when a plan first asks."""
         generation = self._seen().generation
-        for name in names:
-            if name not in engine.STRUCTURES:
-                raise PlanError(
-                    f"there is no structure {name!r}; there are {', '.join(engine.STRUCTURES)}."
-                )
+        for name in _known(names):
             if name != "exact":
                 getattr(generation, name)()
 
@@ -614,6 +610,16 @@ def _as_plan(plan: Plan | Cascade | str) -> Plan:
     if isinstance(plan, str):
         return Plan.parse(plan)
     return plan if isinstance(plan, Plan) else Plan(plan)
+
+
+def _known(structures: Iterable[str]) -> list[str]:
+    names = list(structures)
+    for name in names:
+        if name not in engine.STRUCTURES:
+            raise PlanError(
+                f"there is no structure {name!r}; there are {', '.join(engine.STRUCTURES)}."
+            )
+    return names
 
 
 def _returning(plan: Plan, k: int) -> Plan:

@@ -78,21 +78,22 @@ class Planned:
     def __repr__(self) -> str:
         return f"Planned({self.sentence!r})"
 
+    def __str__(self) -> str:
+        return self.sentence
+
     def table(self) -> str:
         """Return the frontier as text: recall, ms and bytes of each plan; ``>`` marks the chosen.
 
         ``proven`` is the lower confidence bound of a plan that was tested on the certifying
         queries.
         """
-        head = f"  {'recall':>7}{'proven':>8}{'ms':>9}{'bytes':>8}  plan"
         proven = self.proven()
-        lines = [head]
+        lines = [f"  {'recall':>7}{'proven':>8}{'ms':>9}{'bytes':>8}  plan"]
         for one in self.frontier:
             mark = ">" if one.plan == self.plan else " "
             low = f"{proven[one.plan]:.4f}" if one.plan in proven else ""
-            lines.append(
-                f"{mark} {one.recall:7.4f}{low:>8}{one.ms:9.3g}{one.resident_bytes:8.0f}  {one.plan}"
-            )
+            cost = f"{one.ms:9.3g}{one.resident_bytes:8.0f}"
+            lines.append(f"{mark} {one.recall:7.4f}{low:>8}{cost}  {one.plan}")
         return "\n".join(lines)
 
     def proven(self) -> dict[Plan, float]:
