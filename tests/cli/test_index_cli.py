@@ -86,6 +86,15 @@ def asks(tmp_path):
     return tmp_path / "asks.npz"
 
 
+@pytest.mark.parametrize(
+    "name", [*"create add upsert delete get compact check stats".split(), "plan"]
+)
+def test_help_shows_examples(name):
+    words = ["plan"] if name == "plan" else ["index", name]
+    shown = run(*words, "--help").output.partition("Examples:")[2]
+    assert f"nestvec {' '.join(words)} " in shown
+
+
 # --- rows in --------------------------------------------------------------------------------------
 
 
@@ -183,6 +192,13 @@ def test_keys_of_json_lines_get_the_type_that_fits_all_lines(tmp_path):
     index = nv.Index.open(tmp_path / "a")
     assert [str(field.type) for field in index.schema][2:] == ["double", "string"]
     assert index.get(range(N), columns=["score"])["score"].to_pylist() == mixed
+
+
+def test_ids_of_both_kinds_are_all_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "BLOCK", 80)  # so that the first blocks have numbers only
+    (tmp_path / "x.jsonl").write_text(json_lines(ids=[*range(N - 1), "last"]))
+    run("index", "create", tmp_path / "a", tmp_path / "x.jsonl", *NAMED)
+    assert nv.Index.open(tmp_path / "a").get(["0", "last"])["id"].to_pylist() == ["0", "last"]
 
 
 def test_ids_of_a_bare_matrix_come_from_a_file(tmp_path):
@@ -380,6 +396,7 @@ def test_a_plan_is_certified_stored_drawn_and_followed(plannable):
 
 
 def test_a_plan_is_shown_as_a_table(plannable):
+    before = nv.Index.open(plannable / "a.nest").plan_stored
     done = run(
         "plan", plannable / "a.nest", "--recall", 0.5, "--dry-run", "--structures", "exact",
         "--n-queries", 100, "--plot", plannable / "p.png",
@@ -388,6 +405,7 @@ def test_a_plan_is_shown_as_a_table(plannable):
     assert len(chosen) == 1
     assert "queries like the gallery's rows" in done.stdout
     assert (plannable / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert nv.Index.open(plannable / "a.nest").plan_stored == before
 
 
 def test_what_cannot_be_certified_exits_with_1_and_stores_nothing(plannable, tmp_path):

@@ -11,7 +11,7 @@ import typer
 
 from nestvec import _checks
 from nestvec._progress import progress
-from nestvec.cli._common import fail
+from nestvec.cli._common import fail, read_lines
 from nestvec.errors import DataError, SpaceError
 from nestvec.space import Embeddings, Space
 from nestvec.space._formats import reader_of
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from nestvec.search import Index
 
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="The index.", show_default=False)]
+
+Ids = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ids; - reads one a line from stdin.", show_default=False),
+]
+IdsFile = Annotated[
+    Path | None, typer.Option("--ids", help="Ids, one a line; - is stdin.", show_default=False)
+]
 
 
 def is_index(path: Path) -> bool:
@@ -117,6 +125,17 @@ def batches(
             ids = _checks.as_ids(ids, n, name=path, first_row=first)
             yield Batch(matrix, ids, dict(block.columns))
             advance(n)
+
+
+def asked_ids(index: Index, ids: Sequence[str] | None, file: Path | None) -> list[Any]:
+    if ids and file is not None:
+        fail("give ids or --ids FILE, not both.")
+    if list(ids or []) == ["-"]:
+        file = Path("-")
+    found = list(ids or []) if file is None else read_lines(file)
+    if not found:
+        fail("no ids: write them behind the index, or give a file with --ids.")
+    return list(as_ids(found, id_type_of(index)) or [])
 
 
 def id_type_of(index: Index) -> str:

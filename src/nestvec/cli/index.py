@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
+from nestvec.cli import _index_looks
 from nestvec.cli._common import (
     Json,
     ModelName,
@@ -24,7 +22,10 @@ from nestvec.cli._common import (
 )
 from nestvec.cli._index import (
     Folder,
+    Ids,
+    IdsFile,
     as_ids,
+    asked_ids,
     batches,
     id_type_of,
     is_whole,
@@ -34,9 +35,6 @@ from nestvec.cli._index import (
     open_index,
 )
 from nestvec.errors import DataError, SpaceError
-
-if TYPE_CHECKING:
-    from nestvec.search import Index
 
 HELP = "Keep vectors on disk, durable and searchable while they change."
 
@@ -70,27 +68,10 @@ Examples:
 
   comm -23 old.txt new.txt | nestvec index delete docs.nest -
 """
-GET_EPILOG = """
-Examples:
-
-  nestvec index get docs.nest doc7 --column title --column vector
-
-  nestvec index get docs.nest - --json < ids.txt
-"""
 COMPACT_EPILOG = """
 Examples:
 
   nestvec index compact docs.nest
-"""
-CHECK_EPILOG = """
-Examples:
-
-  nestvec index check docs.nest || echo damaged
-"""
-STATS_EPILOG = """
-Examples:
-
-  nestvec index stats docs.nest --json
 """
 
 app = typer.Typer(no_args_is_help=True, help=HELP)
@@ -118,10 +99,6 @@ IdFile = Annotated[
     typer.Option(
         help="Ids, one a line, in place of those in the file; - is stdin.", show_default=False
     ),
-]
-Ids = Annotated[
-    list[str] | None,
-    typer.Argument(help="Ids; - reads one a line from stdin.", show_default=False),
 ]
 Durability = Annotated[
     Literal["power", "process"],
@@ -248,10 +225,7 @@ def upsert(
 def delete(
     index: Folder,
     ids: Ids = None,
-    ids_file: Annotated[
-        Path | None,
-        typer.Option("--ids", help="Ids, one a line; - is stdin.", show_default=False),
-    ] = None,
+    ids_file: IdsFile = None,
     missing_ok: Annotated[
         bool, typer.Option("--missing-ok", help="Pass over ids that do not exist.")
     ] = False,
@@ -260,38 +234,9 @@ def delete(
 ) -> None:
     """Remove rows by their ids: all of them, or none."""
     opened = open_index(index, durability=durability)
-    asked = _asked(opened, ids, ids_file)
+    asked = asked_ids(opened, ids, ids_file)
     done = opened.delete(asked, missing_ok=missing_ok)
     _say(index, done, json)
-
-
-@app.command(epilog=GET_EPILOG)
-@command
-def get(
-    index: Folder,
-    ids: Ids = None,
-    ids_file: Annotated[
-        Path | None,
-        typer.Option("--ids", help="Ids, one a line; - is stdin.", show_default=False),
-    ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="Column to show; repeat for more.", show_default="all but vector"),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Show rows by their ids."""
-    opened = open_index(index)
-    names = [name for name in opened.schema.names if name not in ("id", "vector")]
-    columns = ["id", *(name for name in column or names if name != "id")]
-    rows = opened.get(_asked(opened, ids, ids_file), columns=columns).to_pylist()
-    if json:
-        print_json({"version": opened.version, "rows": rows})
-        return
-    table = Table(*map(escape, columns), box=None)
-    for row in rows:
-        table.add_row(*(escape(_short(row[name])) for name in columns))
-    out.print(table)
 
 
 @app.command(epilog=COMPACT_EPILOG)
@@ -313,79 +258,9 @@ def compact(
         out.print(f"{index}: version {opened.version}, {freed:,} bytes freed", markup=False)
 
 
-@app.command(epilog=CHECK_EPILOG)
-@command
-def check(index: Folder, json: Json = False) -> None:
-    """Read every file and say what is damaged; the exit code is 1 if anything is."""
-    found = open_index(index).check()
-    record = found["record"]
-    if json:
-        print_json(
-            {
-                "index": str(index),
-                "ok": found["ok"],
-                "version": record.version,
-                "rows": record.rows,
-                "files": record.files,
-                "bytes": record.bytes,
-                "damage": list(record.damage),
-                "waste": [str(path) for path in record.waste],
-                "unverified": [str(path) for path in record.unverified],
-                "derived": found["derived"],
-            }
-        )
-    else:
-        out.print(str(record), markup=False)
-        for name in found["derived"]:
-            out.print(f"{name} is damaged; it is made again when it is needed", markup=False)
-    if not found["ok"]:
-        raise typer.Exit(1)
-
-
-@app.command(epilog=STATS_EPILOG)
-@command
-def stats(index: Folder, json: Json = False) -> None:
-    """Say how many rows there are, and what they take on disk and in memory."""
-    opened = open_index(index)
-    figures = opened.stats()
-    plan = opened.plan_stored
-    if plan is not None and plan.structure in ("exact", *figures["structures"]):
-        # what a search holds is known when one has been made
-        opened.search([1.0] * opened.space.size)
-        figures = opened.stats()
-    if json:
-        print_json({"index": str(index), "space": describe(opened.space), **figures})
-        return
-    rows = max(1, figures["rows"])
-    parts = ", ".join(f"{name} {size:,}" for name, size in figures["structures"].items())
-    table = Table(box=None, show_header=False)
-    for name, value in (
-        ("rows", f"{figures['rows']:,} of {figures['dim']} {figures['precision']} numbers"),
-        ("space", opened.space.label),
-        ("columns", ", ".join(opened.schema.names)),
-        ("version", f"{figures['version']}; {figures['versions']} kept"),
-        ("durability", f"{figures['durability']}: {_DURABLE[figures['durability']]}"),
-        ("record", f"{figures['record_bytes']:,} bytes on disk"),
-        ("derived", f"{figures['derived_bytes']:,} bytes on disk ({parts})"),
-        (
-            "resident",
-            f"{figures['resident_bytes']:,} bytes in memory, "
-            f"{figures['resident_bytes'] / rows:,.0f} a row",
-        ),
-        (
-            "since built",
-            f"{figures['fresh_rows']:,} rows written, {figures['dead_rows']:,} replaced or deleted",
-        ),
-        ("plan", figures["plan"] or "none: every row is scored (nestvec plan finds one)"),
-    ):
-        table.add_row(name, escape(value))
-    out.print(table)
-
-
-_DURABLE = {
-    "power": "a finished write survives a power cut",
-    "process": "a finished write survives the end of the process",
-}
+app.command(epilog=_index_looks.GET_EPILOG)(_index_looks.get)
+app.command(epilog=_index_looks.CHECK_EPILOG)(_index_looks.check)
+app.command(epilog=_index_looks.STATS_EPILOG)(_index_looks.stats)
 
 
 def _write(
@@ -406,7 +281,7 @@ def _write(
     if rows.stamp is not None:
         opened.space.check_same(rows.stamp)
     if like(opened.space, model_name) is None and rows.stamp is None:
-        raise SpaceError(no_stamp(source, f"{opened.space.model or opened.space.space_id}"))
+        raise SpaceError(no_stamp(source, opened.space.model or opened.space.space_id))
     names = [name for name in opened.schema.names if name not in ("id", "vector")]
     id_type = id_type_of(opened)
     given = None if ids is None else as_ids(read_lines(ids), id_type)
@@ -416,17 +291,6 @@ def _write(
     except DataError as error:
         raise error if str(source) in str(error) else type(error)(f"{source}: {error}") from error
     _say(index, done, json)
-
-
-def _asked(index: Index, ids: Sequence[str] | None, file: Path | None) -> list[Any]:
-    if ids and file is not None:
-        fail("give ids or --ids FILE, not both.")
-    if list(ids or []) == ["-"]:
-        file = Path("-")
-    found = list(ids or []) if file is None else read_lines(file)
-    if not found:
-        fail("no ids: write them behind the index, or give a file with --ids.")
-    return list(as_ids(found, id_type_of(index)) or [])
 
 
 def _say(index: Path, done: Any, json: bool) -> None:
@@ -439,12 +303,3 @@ def _say(index: Path, done: Any, json: bool) -> None:
         if getattr(done, what)
     )
     out.print(f"{index}: {did or 'nothing to do'}, version {done.version}", markup=False)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 4:
-        return (
-            f"[{', '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in value[:3])}, "
-            f"... {len(value)}]"
-        )
-    return " ".join(str(value).split())[:200]
