@@ -545,19 +545,6 @@ def peers(seeds: list[int]) -> list[dict[str, Any]]:
                     "note": "; ".join(filter(None, ["mean of all sizes", note])),
                 }
             )
-    for ours, peer in (("ours", "matryoshka_loss"), ("ours_cached", "matryoshka_loss_cached")):
-        a, b = (float(fine_tuned(m, seeds[0])["seconds"]) for m in (ours, peer))
-        rows.append(
-            {
-                "dataset": "pairs",
-                "method": ours,
-                "metric": "training time",
-                "build_s": round(a, 1),
-                "ratio": a / b,
-                "ratio_to": peer,
-                "note": "two runs at a time on two cores: rough",
-            }
-        )
     return rows
 
 
