@@ -57,9 +57,11 @@ class Snapshot:
         self.layout = layout
         self.lease = lease
         self.version: int = dataset.version
+        #: Where the version after this one would appear.
+        self.next_manifest = str(manifest_path(folder / "record", self.version + 1))
         self._folder = folder
-        self._keys: Keys | None = None
         self._known = known or {}
+        self._knows_all = False
 
     def __repr__(self) -> str:
         return f"Snapshot({self._folder}, version {self.version}, {self.count} rows)"
@@ -81,15 +83,38 @@ class Snapshot:
         A power cut can take a version that somebody saw before it was acknowledged, and another
         one then gets its number; what is derived from a version is stamped with this.
         """
+        return self._fingerprint_of(self.version)
+
+    def fingerprint_of(self, version: int) -> str | None:
+        """Return the fingerprint of an older version: None if a compaction removed it.
+
+        One that cannot be read has the fingerprint "", which fits nothing.
+        """
+        if not manifest_path(self._folder / "record", version).exists():
+            return None
+        try:
+            return self._fingerprint_of(version)
+        except NestvecError:
+            return ""
+
+    def _fingerprint_of(self, version: int) -> str:
         with self._errors():
-            return f"{self.version}-{self.dataset.read_transaction(self.version).uuid}"
+            # a dataset of its own: this call alone fails while another thread reads through one
+            own = self.dataset.checkout_version(self.version)
+            return f"{version}-{own.read_transaction(version).uuid}"
 
     def keys(self) -> Keys:
-        """Return row ids and versions of all rows that live, in the order of `scan`.
+        """Return row ids and versions of all rows that live, in the order of `scan`."""
+        none = Keys(np.empty(0, np.int64), np.empty(0, np.int64))
+        columns = zip(none, *self.keys_by_fragment().values(), strict=True)
+        return Keys(*map(np.concatenate, columns))
+
+    def keys_by_fragment(self) -> Mapping[Any, Keys]:
+        """Return the keys of each fragment, under a mark that changes when its live rows do.
 
         Only fragments that the snapshot before did not have, or that lost rows, are read.
         """
-        if self._keys is None:
+        if not self._knows_all:
             fragments = self.dataset.get_fragments()
             infos = [fragment.metadata for fragment in fragments]
             marks = [_mark(info) for info in infos]
@@ -107,10 +132,8 @@ class Snapshot:
                 parts = zip(*(np.split(column, ends) for column in every), strict=True)
                 read = {marks[i]: Keys(*part) for i, part in zip(fresh, parts, strict=True)}
             self._known = {mark: read.get(mark) or self._known[mark] for mark in marks}
-            none = Keys(np.empty(0, np.int64), np.empty(0, np.int64))
-            columns = zip(none, *self._known.values(), strict=True)
-            self._keys = Keys(*map(np.concatenate, columns))
-        return self._keys
+            self._knows_all = True
+        return self._known
 
     def scan(
         self, columns: Sequence[str] = ("vector",), *, after: int = 0, batch_size: int = 8192
@@ -129,11 +152,11 @@ class Snapshot:
         self._check_columns(columns)
         fragments = None
         if after:
-            self.keys()
+            known = self.keys_by_fragment()
             fragments = [
                 fragment
                 for fragment in self.dataset.get_fragments()
-                if self._known[_mark(fragment.metadata)].updated.max(initial=0) > after
+                if known[_mark(fragment.metadata)].updated.max(initial=0) > after
             ]
             if not fragments:
                 return

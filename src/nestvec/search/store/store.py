@@ -73,7 +73,7 @@ class Store:
         self.path = path
         self.durability = durability
         self.snapshot = snapshot
-        self._versions = path / "record" / "_versions"
+        self._versions = str(path / "record" / "_versions")
         self._seen_ns = -1
 
     @classmethod
@@ -188,7 +188,7 @@ class Store:
     def is_newer(self) -> bool:
         """Tell whether there is a newer version than the one seen; takes microseconds."""
         seen = self.version
-        if os.path.exists(durable.manifest_path(self.path / "record", seen + 1)):  # noqa: PTH110
+        if os.path.exists(self.snapshot.next_manifest):  # noqa: PTH110
             return True
         # The next may be there no more, while one after it is. The folder's time alone would not
         # do: two commits within a tick of the clock leave it the same.
