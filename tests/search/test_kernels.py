@@ -196,3 +196,50 @@ def test_kernels_run_as_a_user_without_a_home_from_a_folder_that_cannot_be_writt
         check=False,
     )
     assert done.stdout.strip() == "[[0, 1]] ['no folder can be written ']", done.stderr
+
+
+def test_fold_agrees_with_its_twin_and_steps_are_of_each_query(rng):
+    queries = rng.normal(size=(200, 40)).astype(np.float32)
+    queries *= rng.choice([1e-20, 1, 1e20], (200, 1)).astype(np.float32)
+    queries[3] = 0
+    scale = rng.random(33).astype(np.float32)
+    ours, plain = np.ones((200, 64), np.int8), np.ones((200, 64), np.int8)
+    _numba.fold(queries, scale, ours)
+    _numpy.fold(queries, scale, plain)
+    np.testing.assert_array_equal(ours, plain)
+    assert (np.abs(np.delete(ours, 3, axis=0).astype(int)).max(axis=1) == 127).all()
+    assert not ours[3].any()
+    assert not ours[:, 33:].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_unit_agrees_with_its_twin_and_names_what_changed(rng, dtype):
+    vectors = rng.normal(size=(N, DIM)).astype(dtype)
+    vectors[7, :24] = 0
+    words = vectors.view({2: np.uint16, 4: np.uint32}[vectors.itemsize])
+    sums = words[:, :64].sum(axis=1, dtype=np.uint32)
+    ours, plain = np.empty((N, 24), np.float32), np.empty((N, 24), np.float32)
+    for module, out in ((_numba, ours), (_numpy, plain)):
+        assert module.unit(words, sums, 64, out) == NOTHING
+        words[9, 63] ^= words.dtype.type(1 << 7)
+        assert module.unit(words, sums, 64, out.copy()) == 9
+        words[9, 63] ^= words.dtype.type(1 << 7)
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    assert not ours[7].any()
+    np.testing.assert_allclose(np.linalg.norm(np.delete(ours, 7, axis=0), axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1, 1e25])
+def test_a_cosine_does_not_depend_on_lengths_and_is_zero_for_no_length(rng, scale):
+    vectors = rng.normal(size=(N, DIM)).astype(np.float32)
+    vectors[5] = 0
+    queries = rng.normal(size=(ASKED, DIM)).astype(np.float32)
+    lists = np.tile(np.arange(20, dtype=np.int32), (ASKED, 1))
+    words = (vectors * np.float32(scale)).view(np.uint32)
+    sums = words.sum(axis=1, dtype=np.uint32)
+    asked = queries * np.float32(1 / scale)
+    found = both("rerank", words, sums, asked, lists, scored=np.float32)
+    assert_same(found)
+    unit = vectors[:20] / np.maximum(np.linalg.norm(vectors[:20], axis=1, keepdims=True), 1e-9)
+    cosines = queries @ unit.T / np.linalg.norm(queries, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[0][0], -np.sort(-cosines, axis=1), atol=1e-5)

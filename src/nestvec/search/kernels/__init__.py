@@ -11,17 +11,20 @@ to a multiple of 32 dims.
 - ``walk(links, upper, level_starts, upper_rows, down, codes, queries, seen, clock, scores, rows)``:
   a navigable graph, with as long a list of candidates as ``rows`` is wide.
 - ``rescore(codes, queries, shortlists, scores, rows)``: the rows of a shortlist, by their codes.
-- ``rerank(words, sums, queries, shortlists, scores, rows)``: by their float32 or float16 vectors,
-  handed over as uint32 or uint16 words, L2-normalised after the cut. The sum of a row's words (as
-  far as the queries reach) has to be that of ``sums``: returns a row where it is not, else
-  `NOTHING`.
+- ``fold(queries, scale, out)``: float32 queries into int8 ones, for codes of that scale.
+- ``rerank(words, sums, queries, shortlists, scores, rows)``: by cosine with their float32 or
+  float16 vectors, handed over as uint32 or uint16 words and cut to the queries' size. The sum of a
+  row's words (as far as the queries reach) has to be that of ``sums``: returns a row where it is
+  not, else `NOTHING`.
+- ``unit(words, sums, size, out)``: rows, L2-normalised, into float32; cut to the width of ``out``,
+  and compared with the sums of their first ``size`` words. Returns as ``rerank`` does.
 """
 
 from nestvec._extras import require
 
 require("numba", extra="index", why="searching an index")
 
-from nestvec.search.kernels._numba import rerank, rescore, scan, scan_lists, walk  # noqa: E402
+from nestvec.search.kernels._numba import fold, rerank, rescore, scan, scan_lists, unit, walk  # noqa: E402
 from nestvec.search.kernels._numpy import NOTHING  # noqa: E402
 
-__all__ = ["NOTHING", "rerank", "rescore", "scan", "scan_lists", "walk"]
+__all__ = ["NOTHING", "fold", "rerank", "rescore", "scan", "scan_lists", "unit", "walk"]

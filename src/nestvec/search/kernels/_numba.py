@@ -18,7 +18,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
-from nestvec.search.kernels._numpy import NOTHING
+from nestvec.search.kernels._numpy import LEVELS, NOTHING
 
 intrinsic: Any = _numba_intrinsic  # its first argument is the compiler's, not the caller's
 
@@ -26,6 +26,7 @@ _LINE = 64  # bytes that come together from memory
 _TILE_BYTES = 1 << 18  # codes that stay in a core's own cache
 _STAMPS = 1 << 16  # queries after which the marks of rows met are cleared
 _AHEAD = 4  # rows between asking for a vector and using it
+_SMALL = np.float32(1e-30)  # sums of squares that may have lost what is smaller
 _FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and Inf stay what they are
 
 
@@ -241,9 +242,10 @@ def scan(codes: Any, queries: Any, alive: Any, scores: Any, rows: Any) -> None:
             query, best, found = queries[place], scores[place], rows[place]
             size = sizes[place]
             for row in range(start, end):
-                score = _dot(codes, row, query)
-                if (size < best.shape[0] or score > best[0]) and (every_row or alive[row]):
-                    size = _offer(best, found, size, score, row)
+                if every_row or alive[row]:
+                    score = _dot(codes, row, query)
+                    if size < best.shape[0] or score > best[0]:
+                        size = _offer(best, found, size, score, row)
             sizes[place] = size
     for place in range(queries.shape[0]):
         _finish(scores[place], rows[place], sizes[place])
@@ -377,6 +379,20 @@ def walk(
 
 
 @_compiled
+def fold(queries: Any, scale: Any, out: Any) -> None:
+    dim = scale.shape[0]
+    for place in range(queries.shape[0]):
+        query, folded = queries[place], out[place]
+        largest = np.float32(0)
+        for j in range(dim):
+            largest = max(largest, abs(query[j] * scale[j]))
+        step = largest / np.float32(LEVELS) if largest > 0 else np.float32(1)
+        for j in range(dim):
+            folded[j] = np.int8(np.rint(query[j] * scale[j] / step))
+        folded[dim:] = 0
+
+
+@_compiled
 def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> None:
     n_short = shortlists.shape[1]
     for place in range(queries.shape[0]):
@@ -394,12 +410,28 @@ def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -
 
 
 @_compiled
+def _cosine(words: Any, row: int, unit: Any) -> Any:
+    """Return the cosine of a row whose squares float32 cannot sum; 0 if it has no length."""
+    dot, length = 0.0, 0.0
+    for j in range(unit.shape[0]):
+        number = np.float64(_number(words[row, j]))
+        dot += number * unit[j]
+        length += number * number
+    return np.float32(dot / np.sqrt(length) if length > 0 else 0.0)
+
+
+@_compiled
 def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> int:
     n_short, dim = shortlists.shape[1], queries.shape[1]
     line = _LINE // words.itemsize
+    unit = np.empty(dim, np.float32)
     for place in range(queries.shape[0]):
-        query, best, found = queries[place], scores[place], rows[place]
-        size = 0
+        best, found = scores[place], rows[place]
+        size, asked = 0, 0.0
+        for j in range(dim):
+            asked += np.float64(queries[place, j]) * queries[place, j]
+        for j in range(dim):
+            unit[j] = queries[place, j] / np.sqrt(asked)
         for i in range(-_AHEAD, n_short):
             ahead = i + _AHEAD
             if ahead < n_short and shortlists[place, ahead] >= 0:
@@ -412,12 +444,33 @@ def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, ro
             dot, length, total = np.float32(0), np.float32(0), np.uint32(0)
             for j in range(dim):
                 number = _number(words[row, j])
-                dot += number * query[j]
+                dot += number * unit[j]
                 length += number * number
             for j in range(dim):
                 total = np.uint32(total + words[row, j])
             if total != sums[row]:
                 return row
-            size = _offer(best, found, size, dot / np.sqrt(length), row)
+            score = dot / np.sqrt(length)
+            if not _SMALL < length < 1 / _SMALL:
+                score = _cosine(words, row, unit)
+            size = _offer(best, found, size, score, row)
         _finish(best, found, size)
+    return NOTHING
+
+
+@_compiled
+def unit(words: Any, sums: Any, size: int, out: Any) -> int:
+    for row in range(words.shape[0]):
+        total, length = np.uint32(0), 0.0
+        for j in range(size):
+            total = np.uint32(total + words[row, j])
+        if total != sums[row]:
+            return row
+        for j in range(out.shape[1]):
+            number = np.float64(_number(words[row, j]))
+            out[row, j] = number
+            length += number * number
+        scale = 1 / np.sqrt(length) if length > 0 else 0.0
+        for j in range(out.shape[1]):
+            out[row, j] *= scale
     return NOTHING

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+LEVELS = 127  # steps to each side of zero
 NOTHING = -1  # the row number that fills a shortlist which found too few
 
 
@@ -94,6 +95,13 @@ def walk(
         _write(found, some_scores, some_rows)
 
 
+def fold(queries: Any, scale: Any, out: Any) -> None:
+    folded = queries[:, : len(scale)] * scale
+    step = np.abs(folded).max(axis=1, keepdims=True) / np.float32(LEVELS)
+    out[:, : len(scale)] = np.rint(folded / np.where(step > 0, step, np.float32(1)))
+    out[:, len(scale) :] = 0
+
+
 def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> None:
     for place, query in enumerate(queries):
         some = shortlists[place][shortlists[place] >= 0]
@@ -109,7 +117,20 @@ def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, ro
             if words[row, :dim].sum(dtype=np.uint32) != sums[row]:
                 return int(row)
         cut = vectors[some, :dim].astype(np.float64)
-        exact = cut @ query.astype(np.float64) / np.linalg.norm(cut, axis=1)
+        unit = query / np.linalg.norm(query.astype(np.float64))
+        lengths = np.linalg.norm(cut, axis=1)
+        exact = cut @ unit / np.where(lengths > 0, lengths, 1)
         found = _best(exact.astype(np.float32), some, scores.shape[1])
         _write(found, scores[place], rows[place])
+    return NOTHING
+
+
+def unit(words: Any, sums: Any, size: int, out: Any) -> int:
+    wrong = words[:, :size].sum(axis=1, dtype=np.uint32) != sums
+    if wrong.any():
+        return int(wrong.argmax())
+    vectors = words.view({2: np.float16, 4: np.float32}[words.itemsize])
+    cut = vectors[:, : out.shape[1]].astype(np.float64)
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    out[:] = cut / np.where(lengths > 0, lengths, 1)
     return NOTHING
