@@ -109,9 +109,9 @@ def test_the_graph_holds_the_links_that_faiss_made(vectors):
 def test_a_wide_walk_over_full_codes_finds_the_neighbours(vectors, queries):
     graph, codes = g.Graph(g.build(between(vectors), len(vectors))), made(vectors, 48)
     wanted, _ = top_k(queries, vectors, 10)
-    rows = graph.search(codes, codes.queries(queries), 100, graph.scratch())
+    rows = graph.search(codes, codes.queries(queries), 100)
     assert recall([set(r) for r in rows], wanted) > 0.99
-    narrow = graph.search(codes, codes.queries(queries), 10, graph.scratch())
+    narrow = graph.search(codes, codes.queries(queries), 10)
     assert 0.5 < recall(narrow, wanted) < recall([set(r) for r in rows], wanted)
 
 
@@ -122,7 +122,7 @@ def test_the_walk_does_what_faiss_does_at_the_same_width(vectors, queries):
     index.add(np.ascontiguousarray(vectors))
     index.hnsw.efSearch = 30
     wanted, _ = top_k(queries, vectors, 10)
-    ours = graph.search(codes, codes.queries(queries), 30, graph.scratch())
+    ours = graph.search(codes, codes.queries(queries), 30)
     theirs = index.search(np.ascontiguousarray(queries), 30)[1]
     ours_found, theirs_found = (recall([set(r) for r in rows], wanted) for rows in (ours, theirs))
     assert abs(ours_found - theirs_found) < 0.03
@@ -131,7 +131,7 @@ def test_the_walk_does_what_faiss_does_at_the_same_width(vectors, queries):
 @pytest.mark.parametrize("n", [1, 2, 30])
 def test_a_handful_of_rows_makes_a_graph(vectors, queries, n):
     graph, codes = g.Graph(g.build(between(vectors), n)), made(vectors[:n], 48)
-    rows = graph.search(codes, codes.queries(queries), 40, graph.scratch())
+    rows = graph.search(codes, codes.queries(queries), 40)
     assert all(set(r) - {-1} == set(range(n)) for r in rows)
 
 

@@ -200,7 +200,7 @@ class Plan:
         return f"Plan.parse({str(self)!r})"
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash((self.structure, self.cascade, frozenset(self.knobs.items())))
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Plan.parse, (str(self),)  # a mapping proxy does not pickle

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,8 @@ STRUCTURES: dict[str, dict[str, int]] = {
     "lists": {"probes": 32},
 }
 _LEAST_PER_THREAD = 32  # queries; fewer are not worth a thread
+_PLANS_KEPT = 32  # ready to run
+_MET = 32  # rows that a walk meets for each it keeps
 _FEW = 4096  # rows that a filter leaves: each is scored, whatever the plan says
 
 
@@ -64,7 +65,8 @@ def check(plan: Plan, generation: Generation) -> None:
             raise PlanError(
                 f"plan {plan}: {knob}={value} does not fit; {plan.structure} has the knobs {fits}."
             )
-    first, sizes = plan.cascade.stages[0], generation.mirror.sizes
+    first, last = plan.cascade.stages[0], plan.cascade.stages[-1]
+    sizes = generation.mirror.sizes
     if plan.structure != "exact" and first.precision != "int8":
         raise PlanError(
             f"plan {plan}: {plan.structure} begins on int8 codes. "
@@ -74,82 +76,124 @@ def check(plan: Plan, generation: Generation) -> None:
         if stage.precision not in ("int8", "float32"):
             raise PlanError(f"plan {plan}: an index has int8 and float32, not {stage.precision}.")
         # Codes of any prefix may make a shortlist: what it loses is measured. Answers may not.
-        is_last = stage is plan.cascade.stages[-1]
         if stage.dim > sizes[-1] or (
-            stage.dim not in sizes and (is_last or stage.precision == "float32")
+            stage.dim not in sizes and (stage is last or stage.precision == "float32")
         ):
             raise PlanError(
                 f"plan {plan}: size {stage.dim} is not one of this index's "
                 f"({', '.join(map(str, sizes))}). Codes (:int8) of any size up to {sizes[-1]} may "
                 f"come before the last stage."
             )
+    if last.precision != "float32":
+        raise PlanError(
+            f"plan {plan}: codes make shortlists, and answers are scored by full numbers. "
+            f"Write {last} > {Stage(last.dim, last.keep)} in place of {last}."
+        )
 
 
 def run(
     plan: Plan, queries: Queries, view: View, mask: Mask, *, threads: int | None = None
 ) -> Found:
-    """Run ``plan`` for queries (m, full dim) over the rows of ``mask``."""
-    k = plan.cascade.stages[-1].keep
-    fresh = view.search_fresh(normalise(queries[:, : plan.cascade.stages[-1].dim]), mask, k)
+    """Run ``plan`` for queries (m, full dim) over the rows of ``mask``; raises `PlanError`."""
+    last = plan.cascade.stages[-1]
+    _check_prefixes(queries, last.dim)
     if mask.n_derived == 0:
-        empty = np.empty((len(queries), 0), np.int64)
-        return _merged(empty, np.empty(empty.shape, np.float32), fresh, k, (), ())
+        check(plan, view.generation)
+        rows, scores = (
+            np.empty((len(queries), 0), np.int64),
+            np.empty((len(queries), 0), np.float32),
+        )
+        shortlists, stages = (), ()
+    else:
+        work = _prepared(plan, view, mask)
+        parts = _in_threads(lambda some: work(some, mask), queries, threads)
+        rows, scores, shortlists, stages = parts[0] if len(parts) == 1 else _joined(parts)
+    if view.n_fresh or rows.shape[1] < last.keep:
+        rows, scores = _with_fresh(rows, scores, queries, view, mask, last)
+    else:
+        rows = rows.astype(np.int64)
+    missing = rows < 0
+    if np.count_nonzero(missing):
+        scores[missing] = np.nan
+    return Found(rows, scores, tuple(shortlists), tuple(stages))
+
+
+def _check_prefixes(queries: Queries, dim: int) -> None:
+    """Raise `DataError` for a query that has no direction at ``dim``."""
+    if dim < queries.shape[1]:
+        normalise(np.ascontiguousarray(queries[:, :dim]), name="queries")
+
+
+def _prepared(plan: Plan, view: View, mask: Mask) -> Callable[..., Any]:
+    """Return what runs a plan; it is kept, because a query takes less time than to make it."""
     generation = view.generation
     if mask is not view.everyone and mask.n_derived <= _FEW:
-        few = np.flatnonzero(mask.derived).astype(np.int32)
-        work: Callable[[Queries], Any] = _Few(plan, generation, few)
-    else:
-        work = Planned(plan, generation, mask)
-    parts = _in_threads(work, queries, threads)
-    rows, scores = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    shortlists = tuple(np.concatenate(lists) for lists in zip(*(p[2] for p in parts), strict=True))
-    stages = tuple(
-        {**said[0], "ms": sum(one["ms"] for one in said)}
-        for said in zip(*(p[3] for p in parts), strict=True)
-    )
-    return _merged(rows, scores, fresh, k, shortlists, stages)
+        check(plan, generation)
+        return _Few(plan, generation, mask)
+    found = view.prepared.get(plan)
+    if found is None:
+        check(plan, generation)
+        if len(view.prepared) >= _PLANS_KEPT:
+            view.prepared.clear()
+        found = view.prepared[plan] = Planned(plan, generation)
+    return found
 
 
 def _in_threads(work: Callable[[Queries], Any], queries: Queries, threads: int | None) -> list[Any]:
-    most = len(os.sched_getaffinity(0)) if threads is None else threads
-    n_threads = min(most, max(1, len(queries) // _LEAST_PER_THREAD))
+    n_threads = len(queries) // _LEAST_PER_THREAD
+    if n_threads > 1:
+        n_threads = min(n_threads, _n_cores() if threads is None else threads)
     if n_threads <= 1:
         return [work(queries)]
     with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(work, np.array_split(queries, n_threads)))
 
 
-def _merged(
+def _n_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _joined(parts: list[Any]) -> tuple[Any, ...]:
+    rows, scores = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    shortlists = [np.concatenate(lists) for lists in zip(*(p[2] for p in parts), strict=True)]
+    stages = [
+        {**said[0], "ms": sum(one["ms"] for one in said)}
+        for said in zip(*(p[3] for p in parts), strict=True)
+    ]
+    return rows, scores, shortlists, stages
+
+
+def _with_fresh(
     rows: Rows,
     scores: NDArray[np.float32],
-    fresh: tuple[NDArray[np.int64], NDArray[np.float32]],
-    k: int,
-    shortlists: tuple[Rows, ...],
-    stages: tuple[dict[str, Any], ...],
-) -> Found:
-    rows = rows.astype(np.int64)
-    if fresh[0].shape[1] or rows.shape[1] < k:
-        missing = max(0, k - rows.shape[1] - fresh[0].shape[1])
-        filler = np.full((len(rows), missing), kernels.NOTHING)
-        rows = np.concatenate([rows, fresh[0], filler], axis=1)
-        unscored = np.full(filler.shape, -np.inf, np.float32)
-        scores = np.concatenate([scores, fresh[1], unscored], axis=1)
-        scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
-        order = np.lexsort((rows, -scores), axis=1)[:, :k]
-        rows = np.take_along_axis(rows, order, axis=1)
-        scores = np.take_along_axis(scores, order, axis=1)
-    scores[rows < 0] = np.nan
-    return Found(rows, scores, shortlists, stages)
+    queries: Queries,
+    view: View,
+    mask: Mask,
+    last: Stage,
+) -> tuple[Rows, NDArray[np.float32]]:
+    """Put fresh rows in their places, and `NOTHING` where rows are missing."""
+    fresh, fresh_scores = view.search_fresh(normalise(queries[:, : last.dim]), mask, last.keep)
+    missing = max(0, last.keep - rows.shape[1] - fresh.shape[1])
+    filler = np.full((len(rows), missing), kernels.NOTHING)
+    rows = np.concatenate([rows.astype(np.int64), fresh, filler], axis=1)
+    unscored = np.full(filler.shape, -np.inf, np.float32)
+    scores = np.concatenate([scores, fresh_scores, unscored], axis=1)
+    scores[rows < 0] = -np.inf
+    order = np.lexsort((rows, -scores), axis=1)[:, : last.keep]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 class Planned:
-    """A plan as a function of queries; threads may call it together."""
+    """A plan as a function of queries and a mask; threads may call it together."""
 
-    def __init__(self, plan: Plan, generation: Generation, mask: Mask) -> None:
-        self.plan, self.generation, self.mask = plan, generation, mask
-        self.first = plan.cascade.stages[0]
-        self.knobs = {**STRUCTURES[plan.structure], **plan.knobs}
-        for stage in plan.cascade.stages[1:]:  # loaded, or made, before threads start
+    def __init__(self, plan: Plan, generation: Generation) -> None:
+        self.plan, self.generation = plan, generation
+        self.first, *self.rest = plan.cascade.stages
+        knobs = {**STRUCTURES[plan.structure], **plan.knobs}
+        self.knobs = {name: int(value) for name, value in knobs.items()}
+        for stage in self.rest:  # loaded, or made, before threads start
             if stage.precision == "int8":
                 generation.codes(stage.dim)
         if plan.structure == "graph":
@@ -159,12 +203,13 @@ class Planned:
         elif self.first.precision == "int8":
             self.codes = generation.codes(self.first.dim)
 
-    def __call__(self, queries: Queries) -> Any:
+    def __call__(self, queries: Queries, mask: Mask) -> Any:
+        """Return rows (m, keep), their scores, each stage's shortlists, and what each did."""
         started = time.perf_counter()
-        rows, scores, n_scored = self._first(queries)
+        rows, scores, n_scored = self._first(queries, mask)
         said = [_said(self.first, n_scored, started)]
         shortlists = [rows]
-        for stage in self.plan.cascade.stages[1:]:
+        for stage in self.rest:
             started = time.perf_counter()
             n_scored = rows.shape[1]
             rows, scores = rescored(self.generation, stage, queries, rows)
@@ -172,53 +217,41 @@ class Planned:
             said.append(_said(stage, n_scored, started))
         return rows, scores, shortlists, said
 
-    def _first(self, queries: Queries) -> tuple[Rows, NDArray[np.float32], int]:
-        keep = min(self.first.keep, self.mask.n_derived)
+    def _first(self, queries: Queries, mask: Mask) -> tuple[Rows, NDArray[np.float32], int]:
+        n, alive = len(self.generation), mask.derived
+        keep = min(self.first.keep, mask.n_derived)
+        share = mask.n_derived / n
         if self.plan.structure == "graph":
             # Rows that may not be found still lead the way, so the list is as much longer.
-            share = self.mask.n_derived / len(self.generation)
-            ef = min(len(self.generation), math.ceil(max(self.knobs["ef"], keep) / share))
-            rows = self.graph.search(
-                self.codes, self.codes.queries(queries), ef, _scratch(self.graph)
-            )
-            return _only(rows, self.mask.derived, keep), _NO_SCORES, ef
-        if self.plan.structure == "lists":
-            probes = self.knobs["probes"]
-            rows = self.lists.search(self.codes, queries, keep, probes, self.mask.derived)
-            share = min(1.0, probes / self.lists.n_lists)
-            return rows, _NO_SCORES, round(share * len(self.generation))
-        if self.first.precision == "int8":
-            rows = _scanned(self.codes, queries, self.mask.derived, keep)
-            return rows, _NO_SCORES, len(self.generation)
-        rows, scores = _brute_force(self.generation, self.first, queries, self.mask)
-        return rows, scores, len(self.generation)
+            ef = min(n, math.ceil(max(self.knobs["ef"], keep) / share))
+            if share == 1 or mask.n_derived > _MET * ef:
+                rows = self.graph.search(self.codes, self.codes.queries(queries), ef)
+                return _only(rows, alive, keep), _NO_SCORES, ef
+        elif self.plan.structure == "lists":
+            # Those that may be found lie farther away.
+            probes = min(self.lists.n_lists, math.ceil(self.knobs["probes"] / share))
+            rows = self.lists.search(self.codes, queries, keep, probes, alive)
+            return rows, _NO_SCORES, round(n * probes / self.lists.n_lists)
+        elif self.first.precision == "float32":
+            return *_brute_force(self.generation, self.first, queries, mask), mask.n_derived
+        return _scanned(self.codes, queries, alive, keep), _NO_SCORES, mask.n_derived
 
 
 class _Few:
     """Few rows may be found: each is scored at the last stage's size."""
 
-    def __init__(self, plan: Plan, generation: Generation, rows: NDArray[np.int32]) -> None:
-        self.last, self.generation, self.rows = plan.cascade.stages[-1], generation, rows
+    def __init__(self, plan: Plan, generation: Generation, mask: Mask) -> None:
+        self.last, self.generation = plan.cascade.stages[-1], generation
+        self.rows = np.flatnonzero(mask.derived).astype(np.int32)
 
-    def __call__(self, queries: Queries) -> Any:
+    def __call__(self, queries: Queries, mask: Mask) -> Any:
         started = time.perf_counter()
-        shortlists = np.ascontiguousarray(
-            np.broadcast_to(self.rows, (len(queries), len(self.rows)))
-        )
+        shortlists = np.tile(self.rows, (len(queries), 1))
         rows, scores = rescored(self.generation, self.last, queries, shortlists)
         return rows, scores, [rows], [_said(self.last, len(self.rows), started)]
 
 
 _NO_SCORES = np.empty(0, np.float32)
-_local = threading.local()
-
-
-def _scratch(graph: Any) -> Any:
-    """Return this thread's memory of a walk over ``graph``."""
-    held = getattr(_local, "scratch", None)
-    if held is None or held[0] is not graph:
-        _local.scratch = held = (graph, graph.scratch())
-    return held[1]
 
 
 def _said(stage: Stage, n_scored: int, started: float) -> dict[str, Any]:
@@ -249,7 +282,7 @@ def rescored(
 ) -> tuple[Rows, NDArray[np.float32]]:
     keep = min(stage.keep, shortlists.shape[1])
     if stage.precision == "float32":
-        asked = normalise(np.ascontiguousarray(queries[:, : stage.dim]))
+        asked = np.ascontiguousarray(queries[:, : stage.dim])
         return generation.mirror.rerank(asked, shortlists, keep)
     codes = generation.codes(stage.dim)
     scores = np.empty((len(queries), keep), np.int32)
@@ -264,14 +297,15 @@ def _brute_force(
     """Score every row at float32, some rows of the file at a time."""
     asked = normalise(np.ascontiguousarray(queries[:, : stage.dim]))
     best: list[tuple[NDArray[Any], NDArray[np.float32]]] = []
-    for start, block in generation.mirror.blocks():
-        some = np.arange(len(block))
-        if len(mask.derived):
-            some = np.flatnonzero(mask.derived[start : start + len(block)])
-            if not len(some):
-                continue
-        rows, scores = top_k(asked, normalise(block[some, : stage.dim]), stage.keep)
-        best.append((some[rows] + start, scores))
+    for start, block in generation.mirror.blocks(stage.dim):
+        end = start + len(block)
+        found = np.flatnonzero(mask.derived[start:end]) if len(mask.derived) else None
+        if found is not None:
+            block = block[found]
+        if not len(block):
+            continue
+        rows, scores = top_k(asked, block, stage.keep)
+        best.append(((rows if found is None else found[rows]) + start, scores))
         if len(best) > 1:
             rows, scores = (np.concatenate(part, axis=1) for part in zip(*best, strict=True))
             order = np.lexsort((rows, -scores), axis=1)[:, : stage.keep]

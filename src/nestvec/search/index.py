@@ -8,9 +8,8 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,17 @@ from nestvec._checks import as_matrix
 from nestvec.errors import DataError, FileFormatError, PlanError
 from nestvec.search import engine, planner
 from nestvec.search.cascade import Cascade, Plan, Stage
+from nestvec.search.derived import Derived
 from nestvec.search.generation import Generation
 from nestvec.search.planner import Planned
 from nestvec.search.sealed import Damaged
-from nestvec.search.store import Batch, Store, Written
+from nestvec.search.store import Batch, Store, Written, durable
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
 
 _log = logging.getLogger(__name__)
 _PLAN = "plan.json"
-_DERIVED = "derived"
+_MANY = 10_000  # fresh rows that are still few beside fewer derived ones
 
 Batches = Batch | Embeddings | Iterable[Batch | Embeddings]
 
@@ -110,8 +110,12 @@ class Index:
         self.path = store.path
         self.show_progress = show_progress
         self._store = store
+        sizes = sorted({*self.space.nesting_dims, self.space.size})
+        self._derived = Derived(self.path / "derived", sizes, show_progress=show_progress)
         self._lock = threading.RLock()
         self._view: View | None = None
+        self._plan_path = str(self.path / _PLAN)
+        self._plan_known: tuple[Any, Plan | None] = (None, None)
         # Lance refuses to read a dataset object that another thread writes with, so writes have
         # a store of their own.
         self._writing = threading.Lock()
@@ -194,7 +198,11 @@ class Index:
         FileFormatError
             If it is damaged, or was written by a newer nestvec.
         """
-        return cls(Store.open(path, durability=durability), show_progress=show_progress)
+        index = cls(Store.open(path, durability=durability), show_progress=show_progress)
+        if stamps := index._derived.stamps():
+            index._store.refresh()  # what others derived meanwhile is of versions that it sees now
+            index._derived.drop_lost(stamps, index._store.snapshot)
+        return index
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self):,} rows, version {self.version})"
@@ -300,12 +308,8 @@ class Index:
             If queries, filter or columns do not fit.
         """
         asked = self._queries(queries)
-        try:
-            view, chosen, found = self._run(asked, plan, dims, k, filter, threads)
-        except Damaged as error:
-            _log.warning("%s Derived files are made again from the record.", error)
-            self._discard(self._seen().generation)
-            view, chosen, found = self._run(asked, plan, dims, k, filter, threads)
+        chosen = self._chosen(plan, dims, k)
+        view, found = self._healed(lambda view: self._run(chosen, asked, view, filter, threads))
         ids = view.ids(found.rows)
         hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
         if columns is None:
@@ -318,13 +322,22 @@ class Index:
     def plan_stored(self) -> Plan | None:
         """The plan that searches follow."""
         try:
-            return Plan.parse(json.loads((self.path / _PLAN).read_text("utf-8"))["plan"])
+            there = os.stat(self._plan_path)  # noqa: PTH116
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                f"{self.path / _PLAN} cannot be read ({error}). Remove it, or plan again."
-            ) from error
+        stamp = there.st_ino, there.st_mtime_ns, there.st_size
+        seen, plan = self._plan_known
+        if seen != stamp:
+            try:
+                plan = Plan.parse(json.loads((self.path / _PLAN).read_text("utf-8"))["plan"])
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise FileFormatError(
+                    f"{self.path / _PLAN} cannot be read ({error}). Remove it, or plan again."
+                ) from error
+            self._plan_known = stamp, plan
+        return plan
 
     def plan(
         self,
@@ -374,19 +387,29 @@ class Index:
             if value is not None and not 0 < value <= most:
                 raise DataError(f"{name} {value} is a share: above 0, at most 1.")
         view = self._seen()
-        found = planner.find(
-            view,
-            None if queries is None else self._queries(queries),
-            k=k,
-            recall=None if recall is None else float(recall),
-            ms=None if ms is None else float(ms),
-            resident_bytes=None if resident_bytes is None else float(resident_bytes),
-            structures=_known(structures),
-            confidence=float(confidence),
-            n_queries=n_queries,
-            seed=seed,
-            show_progress=self.show_progress,
-        )
+        asked = None if queries is None else self._queries(queries)
+        if view.n_fresh > view.everyone.n_derived:  # it would be planned for the fewer
+            self._renewed(view)
+
+        def find(view: View) -> Planned:
+            try:
+                return planner.find(
+                    view,
+                    asked,
+                    k=k,
+                    recall=None if recall is None else float(recall),
+                    ms=None if ms is None else float(ms),
+                    resident_bytes=None if resident_bytes is None else float(resident_bytes),
+                    structures=_known(structures),
+                    confidence=float(confidence),
+                    n_queries=n_queries,
+                    seed=seed,
+                    show_progress=self.show_progress,
+                )
+            finally:
+                view.release()  # all that was tried is in memory
+
+        view, found = self._healed(find)
         if keep and found.plan is not None:
             self.set_plan(found.plan, version=view.snapshot.version, **planner.as_json(found))
         return found
@@ -394,7 +417,8 @@ class Index:
     def set_plan(self, plan: Plan | Cascade | str | None, **about: Any) -> None:
         """Store the plan that searches follow from now on, with what is known about it."""
         if plan is None:
-            (self.path / _PLAN).unlink(missing_ok=True)
+            with durable.storage_errors(self.path):
+                (self.path / _PLAN).unlink(missing_ok=True)
             return
         chosen = _as_plan(plan)
         engine.check(chosen, self._seen().generation)
@@ -403,10 +427,8 @@ class Index:
 
     def build(self, *names: str) -> None:
         """Build structures (``"graph"``, ``"lists"``) now rather than when a plan first asks."""
-        generation = self._seen().generation
         for name in _known(names):
-            if name != "exact":
-                getattr(generation, name)()
+            self._healed(lambda view, name=name: view.generation.make(name))
 
     # --- keeping house --------------------------------------------------------------------------
 
@@ -418,18 +440,11 @@ class Index:
         """
         with self._written() as store:
             freed = store.compact(keep_versions=keep_versions)
-        with self._lock:
-            old = self._seen()
-            stale = old.n_fresh or old.n_dead or len(old.generation) != len(old)
-            if stale:
-                names = [n for n in old.generation.built() if n != "vectors"]
-                generation = self._derive()
-                for name in sorted(names):
-                    kind, _, dim = name.partition("-")
-                    getattr(generation, kind)(*([int(dim)] if dim else []))
-                self._view = View(self._store.snapshot, generation)
-        self._sweep()
-        del old
+        old = self._seen()
+        if old.n_fresh or old.n_dead:
+            self._renewed(old, old.generation.names())
+        del old  # what it held may go now
+        self._derived.sweep(self._seen().generation)
         with self._written() as store:  # the version that this index was reading until now
             return freed + store.compact(keep_versions=keep_versions)
 
@@ -442,10 +457,13 @@ class Index:
         """
         report = self._store.check()
         generation = self._seen().generation
-        derived = generation.damaged_files()
-        if derived:
+        damaged = generation.damaged_files()
+        if "vectors" in damaged:
             self._discard(generation)
-        return {"ok": report.ok and not derived, "record": report, "derived": derived}
+        for name in damaged:
+            generation.remove(name)
+        files = [file for part in damaged.values() for file in part]
+        return {"ok": report.ok and not files, "record": report, "derived": files}
 
     def stats(self) -> dict[str, Any]:
         """Return figures: rows and versions, bytes of record and derived files, resident bytes."""
@@ -463,7 +481,7 @@ class Index:
             "durability": record.durability,
             "record_bytes": record.record_bytes,
             "derived_bytes": sum(derived.values()),
-            "resident_bytes": view.generation.resident_bytes() + view.fresh.nbytes,
+            "resident_bytes": view.generation.resident_bytes() + view.resident_bytes,
             "structures": derived,
             "plan": None if (plan := self.plan_stored) is None else str(plan),
         }
@@ -484,22 +502,23 @@ class Index:
         array = np.asarray(queries)
         if array.ndim == 1 and array.dtype != object:
             array = array[None]
-        return as_matrix(array, dim=self.space.size, name="queries")
+        if array.shape == (1, self.space.size) and array.dtype == np.float32:
+            if (
+                0 < np.vdot(array, array) < np.inf
+            ):  # so it is what `as_matrix` looks for, in a tenth
+                return np.ascontiguousarray(array)
+        return np.ascontiguousarray(as_matrix(array, dim=self.space.size, name="queries"))
 
     def _run(
         self,
+        plan: Plan,
         asked: NDArray[np.float32],
-        plan: Plan | Cascade | str | None,
-        dims: int | None,
-        k: int | None,
+        view: View,
         filter: str | None,
         threads: int | None,
-    ) -> tuple[View, Plan, engine.Found]:
-        view = self._seen()
-        chosen = self._chosen(plan, dims, k)
-        engine.check(chosen, view.generation)
+    ) -> engine.Found:
         mask = view.everyone if filter is None else view.matching(filter)
-        return view, chosen, engine.run(chosen, asked, view, mask, threads=threads)
+        return engine.run(plan, asked, view, mask, threads=threads)
 
     def _chosen(self, plan: Any, dims: int | None, k: int | None) -> Plan:
         if plan is not None and dims is not None:
@@ -519,56 +538,55 @@ class Index:
     def _seen(self) -> View:
         """Return a view of the newest version."""
         self._refreshed()
-        view, snapshot = self._view, self._store.snapshot
-        if view is not None and view.snapshot is snapshot:
+        view = self._view
+        if view is not None and view.snapshot is self._store.snapshot:
             return view
         with self._lock:
-            if self._view is None:
-                self._view = View(snapshot, self._newest_generation() or self._derive())
-            elif self._view.snapshot is not self._store.snapshot:
-                self._view = View(self._store.snapshot, self._view.generation, self._view)
-            return self._view
+            view, snapshot = self._view, self._store.snapshot
+            if view is None:
+                made = self._derived.newest(snapshot) or self._derived.derive(snapshot)
+                view = View(snapshot, made)
+            elif view.snapshot is not snapshot:
+                old = view.generation  # compacted by another process, it may be old indeed
+                newer = self._derived.newest(snapshot, after=old.version, having=old.names())
+                view = View(snapshot, newer or old, view)
+            self._view = view
+        if view.n_fresh > max(_MANY, view.everyone.n_derived):
+            slow = {"graph", "lists"} & {*view.generation.names()}
+            if not slow:
+                return self._renewed(view)
+            _log.warning(
+                "%s: %s rows were written since its structures were built, more than are in them; "
+                "each search scores all of those. compact() takes them in.",
+                self.path,
+                f"{view.n_fresh:,}",
+            )
+        return view
 
-    def _newest_generation(self) -> Generation | None:
-        snapshot = self._store.snapshot
-        found = []
-        for folder in self._generations():
-            version, _, transaction = folder.name.partition("-")
-            if not version.isdigit() or int(version) > snapshot.version or not transaction:
-                continue  # of a version that was lost with the power, or no generation
-            if int(version) == snapshot.version and folder.name != snapshot.fingerprint:
-                continue
-            found.append((int(version), folder))
-        for _, folder in sorted(found, reverse=True):
-            try:
-                return Generation(folder, show_progress=self.show_progress)
-            except Damaged as error:
-                _log.warning("%s It is made again from the record.", error)
-        return None
+    def _renewed(self, old: View, parts: Iterable[str] = ()) -> View:
+        """Derive the version of a view anew; searches go on meanwhile."""
+        generation = self._derived.derive(old.snapshot, parts)
+        with self._lock:
+            self._view = View(old.snapshot, generation)
+        return self._seen()
 
-    def _generations(self) -> list[Path]:
-        home = self.path / _DERIVED
-        return [f for f in home.iterdir() if f.is_dir()] if home.is_dir() else []
-
-    def _derive(self) -> Generation:
-        sizes = sorted({*self.space.nesting_dims, self.space.size})
-        return Generation.derive(
-            self.path / _DERIVED, self._store.snapshot, sizes, show_progress=self.show_progress
-        )
+    def _healed(self, work: Callable[[View], Any]) -> tuple[View, Any]:
+        """Do something with the newest view: once more, if it meets what is damaged."""
+        view = self._seen()
+        try:
+            return view, work(view)
+        except Damaged as error:
+            _log.warning("%s Derived files are made again from the record.", error)
+            self._discard(view.generation)
+            view = self._seen()
+            return view, work(view)
 
     def _discard(self, generation: Generation) -> None:
-        """Make a generation anew of which something is damaged."""
+        """Remove a generation in which vectors are damaged; the next search derives it anew."""
         with self._lock:
             if self._view is not None and self._view.generation is generation:
                 self._view = None
-                shutil.rmtree(generation.folder, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove generations that nobody here uses; whoever has one open keeps its files."""
-        view = self._view
-        for folder in self._generations():
-            if view is not None and folder != view.generation.folder:
-                shutil.rmtree(folder, ignore_errors=True)
+                self._derived.discard(generation)
 
 
 def _opening(rows: Any, payload: Any) -> tuple[Space, Batch | None, Any]:

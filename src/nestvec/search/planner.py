@@ -213,14 +213,17 @@ def _questions(
 ) -> tuple[Queries, NDArray[np.int64], NDArray[np.int64]]:
     """Return queries (m, dim), the row each of them is (-1 for none), and its true rows (m, k)."""
     rng = np.random.default_rng(seed)
-    if len(view) <= k:
-        raise DataError(f"{len(view)} rows are too few to plan for: all of them are an answer.")
+    if view.everyone.n_derived <= k + 1:
+        raise DataError(
+            f"{view.everyone.n_derived} rows are too few to plan for: all of them are an answer "
+            f"({view.n_fresh} more were written since; compact() takes them in)."
+        )
     if queries is None:
         alive = view.everyone.derived
         rows = np.flatnonzero(alive) if len(alive) else np.arange(len(view.generation))
         own = rng.choice(rows, min(n, len(rows)), replace=False)
-        asked = np.asarray(view.generation.mirror.vectors[np.sort(own)], np.float32)
         own = np.sort(own)
+        asked = view.generation.mirror.unit(own)
         order = rng.permutation(len(own))
         asked, own = asked[order], own[order]
     else:
@@ -364,8 +367,8 @@ def _timed(plan: Plan, sample: _Sample, view: View) -> tuple[float, NDArray[Any]
     took, rows = [], np.empty(0)
     for _ in range(_REPEATS + 1):
         started = time.perf_counter()
-        planned = engine.Planned(plan, view.generation, view.everyone)
-        rows = planned(sample.asked)[0]
+        planned = engine.Planned(plan, view.generation)
+        rows = planned(sample.asked, view.everyone)[0]
         took.append(1000 * (time.perf_counter() - started) / len(sample.asked))
     return min(took[1:]), rows
 

@@ -1,32 +1,43 @@
-"""Folders of arrays that are derived from the store: whole or not there, and checked when opened.
+"""Folders that are derived from the store: whole or not there, and checked when opened.
 
-A folder is made beside its place under the name ``<name>.part``, where an interrupted build finds
-its finished pieces, then synced and renamed. Its ``manifest.json`` holds the size and the checksum
-(XXH3, 128 bits) of every file. What does not fit it counts as missing: it can be made again.
+A folder is made beside its place under the name ``<name>.part``, by one process at a time, where an
+interrupted build finds its finished pieces; then it is synced and renamed. The ``manifest.json`` of
+a folder of arrays holds the size and the checksum (XXH3, 128 bits) of every file. What does not fit
+it counts as missing: it can be made again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nestvec._atomic import sync_folder, sync_tree, written_beside
+from nestvec._atomic import sync_folder, sync_tree
 from nestvec._extras import require
 from nestvec.errors import StorageError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _READ_AT_ONCE = 1 << 24
+_WAIT = 0.05  # seconds
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class Damaged(StorageError):
     """A derived file is missing, cut short or changed; it has to be made again."""
+
+
+# --- making ---------------------------------------------------------------------------------------
 
 
 def part_of(folder: Path) -> Path:
@@ -34,9 +45,68 @@ def part_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".part")
 
 
-def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Give ``<folder>.part`` its manifest and its name; everything is on disk afterwards."""
+def locked(folder: Path, how: int) -> int:
+    """Lock a folder (``fcntl.LOCK_SH``, ``LOCK_EX``, ``| LOCK_NB``); the lock ends with the handle.
+
+    Raises `FileNotFoundError` if it is not there, or is renamed or removed by who had the lock.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, how)
+        if not os.path.samestat(os.fstat(handle), folder.stat()):
+            raise FileNotFoundError(f"{folder} was replaced")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[int]:
+    """Hold ``<folder>.part``, which is made if need be, and yield its handle.
+
+    Waits for whoever else makes it, so look again whether ``folder`` is there. Raises `OSError` if
+    nothing can be written.
+    """
     part = part_of(folder)
+    handle = None
+    while handle is None:
+        part.mkdir(exist_ok=True)
+        try:
+            handle = locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:  # asked again, as it may get its name and stay locked under that
+            time.sleep(_WAIT)
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(OSError):  # it stays if there is something to go on from
+            part.rmdir()
+        os.close(handle)
+
+
+def put_in_place(folder: Path) -> None:
+    """Give ``<folder>.part`` its name, durably; what stands there goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    part_of(folder).rename(folder)
+    sync_folder(folder.parent)
+
+
+def seal(
+    folder: Path, arrays: Arrays, about: Mapping[str, Any], *, written: Collection[str] = ()
+) -> None:
+    """Write arrays and a manifest into ``<folder>.part`` and put it in place.
+
+    ``written`` names files there that stay; all others are left from an interrupted build.
+    """
+    part = part_of(folder)
+    for file in part.iterdir():
+        if file.name not in written:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    for name, array in arrays.items():
+        np.save(part / f"{name}.npy", array, allow_pickle=False)
     files = {
         file.name: {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
         for file in sorted(part.iterdir())
@@ -44,48 +114,50 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     text = json.dumps({"format": FORMAT, "about": dict(about), "files": files}, indent=2)
     (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
     sync_tree(part)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
-    sync_folder(folder.parent)
+    put_in_place(folder)
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """Return what was said when the folder was sealed; `Damaged` if that cannot be read."""
-    return _manifest(folder)["about"]
+# --- reading --------------------------------------------------------------------------------------
 
 
-def load(
-    folder: Path, names: Iterable[str], *, mapped: Iterable[str] = ()
-) -> dict[str, NDArray[Any]]:
-    """Read arrays into memory, comparing their checksums; ``mapped`` ones are mapped, not compared.
+def load(folder: Path, *, mapped: Collection[str] = ()) -> tuple[dict[str, Any], Arrays]:
+    """Return what was said when a folder was sealed, and its arrays.
 
-    Raises `Damaged`, which names the file.
+    They are read into memory and compared with their checksums; those named in ``mapped`` are
+    mapped and not compared. Raises `Damaged`, which names the file.
     """
-    files = _manifest(folder)["files"]
-    found = {}
-    for name, is_mapped in [*((n, False) for n in names), *((n, True) for n in mapped)]:
-        file = folder / f"{name}.npy"
-        said = files.get(file.name)
-        if said is None or not file.is_file() or file.stat().st_size != said["bytes"]:
-            raise Damaged(f"{file} is missing or cut short.")
-        if not is_mapped and checksum(file) != said["xxh3_128"]:
-            raise Damaged(f"{file} has changed since it was written: its checksum does not fit.")
-        found[name] = np.load(file, mmap_mode="r" if is_mapped else None, allow_pickle=False)
-    return found
+    about, files = _manifest(folder)
+    found: Arrays = {}
+    for file, said in files.items():
+        name = file.name.removesuffix(".npy")
+        try:
+            if file.stat().st_size != said["bytes"]:
+                raise Damaged(f"{file} is cut short.")
+            if name not in mapped and checksum(file) != said["xxh3_128"]:
+                raise Damaged(f"{file} has changed since it was written.")
+            mode = "r" if name in mapped else None
+            found[name] = np.asarray(np.load(file, mmap_mode=mode, allow_pickle=False))
+        except Damaged:
+            raise
+        except Exception as error:  # numpy has many words for a header that it cannot read
+            raise Damaged(f"{file} is missing or cannot be read ({error}).") from error
+    return about, found
 
 
 def damaged_files(folder: Path) -> list[str]:
     """Read every file and return the names of those that do not fit the manifest."""
     try:
-        files = _manifest(folder)["files"]
+        _, files = _manifest(folder)
     except Damaged as error:
         return [str(error)]
-    return [
-        str(folder / name)
-        for name, said in files.items()
-        if not (folder / name).is_file() or checksum(folder / name) != said["xxh3_128"]
-    ]
+    return [str(file) for file, said in files.items() if not _fits(file, said["xxh3_128"])]
+
+
+def _fits(file: Path, said: str) -> bool:
+    try:
+        return checksum(file) == said
+    except OSError:
+        return False
 
 
 def checksum(file: Path) -> str:
@@ -97,18 +169,14 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def write_array(folder: Path, name: str, array: NDArray[Any]) -> None:
-    """Write one piece of a folder under construction; a reader never finds half of it."""
-    with written_beside(folder / f"{name}.npy") as scratch, scratch.open("wb") as handle:
-        np.save(handle, array, allow_pickle=False)
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> tuple[dict[str, Any], dict[Path, dict[str, Any]]]:
+    file = folder / MANIFEST
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, said = found["files"], found["about"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder / MANIFEST} is missing or cannot be read ({error}).") from error
-    if found.get("format") != FORMAT:
-        raise Damaged(f"{folder / MANIFEST} is of format {found.get('format')}, not {FORMAT}.")
-    return {"files": files, "about": said}
+        found = json.loads(file.read_text(encoding="utf-8"))
+        about, files = found["about"], {folder / name: s for name, s in found["files"].items()}
+        written_as = found["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{file} is missing or cannot be read ({error}).") from error
+    if written_as != FORMAT:
+        raise Damaged(f"{file} is of format {written_as}, not {FORMAT}.")
+    return about, files

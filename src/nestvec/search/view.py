@@ -7,28 +7,37 @@ the record are fresh: they are few, in memory, and scored exactly.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nestvec._checks import normalise
 from nestvec.search.exact import top_k
 from nestvec.search.generation import Generation
 from nestvec.search.store import Keys, Snapshot
 from nestvec.search.store.snapshot import as_matrix
+from nestvec.search.structures.codes import unit_prefixes
 
 _EVERY = np.empty(0, np.bool_)  # what the kernels take for "all rows"
 _FILTERS_KEPT = 16
 
 
-class _Fragment(NamedTuple):
+class _Fragment:
     """A piece of the record: where its true rows are derived, and its fresh ones."""
 
-    places: NDArray[np.int64]
-    row_ids: NDArray[np.int64]
-    vectors: NDArray[np.float32]
-    ids: NDArray[Any]
+    def __init__(self, places: NDArray[np.int32], row_ids: NDArray[np.int64]) -> None:
+        self.places = places
+        self.row_ids = row_ids
+        self._read: tuple[NDArray[np.float32], NDArray[Any]] | None = None
+
+    def read(self, snapshot: Snapshot) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return the vectors and the ids of the fresh rows; read once."""
+        if self._read is None:
+            table = snapshot.read(self.row_ids, ["id", "vector"])
+            vectors = as_matrix(table["vector"]).astype(np.float32)
+            self._read = vectors, np.array(table["id"].to_pylist())
+        return self._read
 
 
 class Mask(NamedTuple):
@@ -54,79 +63,88 @@ class View:
         if before is not None and before.generation is generation:
             self._order, known = before._order, before._fragments
         else:
-            self._order = np.argsort(generation.mirror.row_ids, kind="stable")
-        snapshot.keys()
+            row_ids = generation.mirror.row_ids
+            in_order = bool((row_ids[1:] > row_ids[:-1]).all())  # it needs no room then
+            self._order = None if in_order else np.argsort(row_ids, kind="stable")
         self._fragments = {
             mark: known.get(mark) or self._resolve(keys)
-            for mark, keys in snapshot.known_keys.items()
+            for mark, keys in snapshot.keys_by_fragment().items()
         }
         alive = np.zeros(len(generation), np.bool_)
         for fragment in self._fragments.values():
             alive[fragment.places] = True
         n_alive = int(np.count_nonzero(alive))
-        parts = [fragment for fragment in self._fragments.values() if len(fragment.row_ids)]
-        dim = snapshot.layout.space.size
-        self.fresh_row_ids = np.concatenate([np.empty(0, np.int64), *(p.row_ids for p in parts)])
-        self.fresh = np.concatenate([np.empty((0, dim), np.float32), *(p.vectors for p in parts)])
-        self._fresh_ids = np.concatenate([p.ids for p in parts]) if parts else None
+        self._parts = [part for part in self._fragments.values() if len(part.row_ids)]
+        self.fresh_row_ids = np.concatenate(
+            [np.empty(0, np.int64), *(part.row_ids for part in self._parts)]
+        )
+        self.n_fresh = len(self.fresh_row_ids)
         self.n_dead = len(alive) - n_alive
         self.everyone = Mask(
-            alive if self.n_dead else _EVERY, np.ones(len(self.fresh), np.bool_), n_alive
+            alive if self.n_dead else _EVERY, np.ones(self.n_fresh, np.bool_), n_alive
         )
+        #: What the engine made of plans, for it to keep here.
+        self.prepared: dict[Any, Any] = {}
+        self._fresh: tuple[NDArray[np.float32], NDArray[Any]] | None = None
+        self._unit: dict[int, NDArray[np.float32]] = {}
         self._filtered: dict[str, Mask] = {}
-
-    @property
-    def n_fresh(self) -> int:
-        return len(self.fresh)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.everyone.n_derived + self.n_fresh
 
-    def _resolve(self, keys: Keys) -> _Fragment:
-        places, true = self._places(keys)
-        fresh = keys.row_ids[~true]
-        if not len(fresh):
-            none = np.empty((0, self.snapshot.layout.space.size), np.float32)
-            return _Fragment(places[true], fresh, none, np.empty(0))
-        table = self.snapshot.read(fresh, ["id", "vector"])
-        vectors = as_matrix(table["vector"]).astype(np.float32)
-        ids = np.array(table["id"].to_pylist())
-        return _Fragment(places[true], fresh, vectors, ids)
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of fresh rows and of the join, in memory."""
+        fresh = 0 if self._fresh is None else self._fresh[0].nbytes
+        unit = sum(vectors.nbytes for vectors in [*self._unit.values()])
+        return fresh + unit + (0 if self._order is None else self._order.nbytes)
 
-    def _places(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return where rows are derived, and whether they are true there."""
-        derived = self.generation.mirror
+    def release(self) -> None:
+        """Let go of structures that can be loaded from disk again."""
+        self.prepared.clear()
+        self.generation.release()
+
+    def _resolve(self, keys: Keys) -> _Fragment:
+        places, found = self._places(keys.row_ids)
+        true = found.copy()
+        true[found] = self.generation.mirror.updated[places[found]] == keys.updated[found]
+        return _Fragment(places[true].astype(np.int32), keys.row_ids[~true])
+
+    def _places(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return where rows were derived, whatever became of them since, and whether they were."""
+        derived = self.generation.mirror.row_ids
         if not len(derived):
-            return np.zeros(len(keys.row_ids), np.int64), np.zeros(len(keys.row_ids), np.bool_)
-        at = np.searchsorted(derived.row_ids, keys.row_ids, sorter=self._order)
-        places = self._order[np.minimum(at, len(derived) - 1)]
-        same = derived.row_ids[places] == keys.row_ids
-        return places, same & (derived.updated[places] == keys.updated)
+            return np.zeros(len(row_ids), np.int64), np.zeros(len(row_ids), np.bool_)
+        places = np.searchsorted(derived, row_ids, sorter=self._order)
+        np.minimum(places, len(derived) - 1, out=places)
+        if self._order is not None:
+            places = self._order[places]
+        return places, derived[places] == row_ids
+
+    def _read_fresh(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        if self._fresh is None:
+            read = [part.read(self.snapshot) for part in self._parts]
+            self._fresh = tuple(map(np.concatenate, zip(*read, strict=True)))  # type: ignore[assignment]
+        return self._fresh  # type: ignore[return-value]
 
     def matching(self, condition: str) -> Mask:
         """Return the rows for which an SQL condition on the payload holds."""
-        if condition not in self._filtered:
+        mask = self._filtered.get(condition)
+        if mask is None:
             rows = self.snapshot.matching(condition)
             derived = np.zeros(len(self.generation), np.bool_)
-            places, there = self._places_by_id(rows)
+            places, there = self._places(rows)
             derived[places[there]] = True
             if self.n_dead:
                 derived &= self.everyone.derived
             fresh = np.isin(self.fresh_row_ids, rows)
-            while len(self._filtered) >= _FILTERS_KEPT:
-                self._filtered.pop(next(iter(self._filtered)))
-            self._filtered[condition] = Mask(derived, fresh, int(np.count_nonzero(derived)))
-        return self._filtered[condition]
-
-    def _places_by_id(
-        self, row_ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        derived = self.generation.mirror.row_ids
-        if not len(derived):
-            return np.zeros(len(row_ids), np.int64), np.zeros(len(row_ids), np.bool_)
-        at = np.searchsorted(derived, row_ids, sorter=self._order)
-        places = self._order[np.minimum(at, len(derived) - 1)]
-        return places, derived[places] == row_ids
+            mask = Mask(derived, fresh, int(np.count_nonzero(derived)))
+            with self._lock:
+                while len(self._filtered) >= _FILTERS_KEPT:
+                    self._filtered.pop(next(iter(self._filtered)))
+                self._filtered[condition] = mask
+        return mask
 
     def search_fresh(
         self, queries: NDArray[np.float32], mask: Mask, k: int
@@ -135,22 +153,32 @@ class View:
         rows = np.flatnonzero(mask.fresh)
         if not len(rows):
             return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-        vectors = normalise(np.ascontiguousarray(self.fresh[rows, : queries.shape[1]]))
-        found, scores = top_k(queries, vectors, k)
+        dim = queries.shape[1]
+        vectors = self._unit.get(dim)
+        if vectors is None:
+            vectors = self._unit[dim] = unit_prefixes(self._read_fresh()[0], dim)
+        found, scores = top_k(queries, vectors[rows] if len(rows) < len(vectors) else vectors, k)
         return rows[found] + len(self.generation), scores
 
     def row_ids(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the record's row ids of rows of the view."""
-        every = np.concatenate([self.generation.mirror.row_ids, self.fresh_row_ids])
-        return every[rows]
+        """Return the record's row ids of some rows of the view, (n,)."""
+        n = len(self.generation)
+        found = np.empty(rows.shape, np.int64)
+        found[rows < n] = self.generation.mirror.row_ids[rows[rows < n]]
+        found[rows >= n] = self.fresh_row_ids[rows[rows >= n] - n]
+        return found
 
     def ids(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return the ids of rows of the view, of any shape; those below 0 get an empty one."""
         n = len(self.generation)
+        # (counting is the fastest question that numpy answers)
+        if not self.n_fresh and not np.count_nonzero(rows < 0):
+            return self.generation.mirror.ids(rows)
         is_int = self.snapshot.layout.id_type == "int"
         found = np.full(rows.shape, -1) if is_int else np.full(rows.shape, "", object)
         derived = (rows >= 0) & (rows < n)
         found[derived] = self.generation.mirror.ids(rows[derived])
-        if self._fresh_ids is not None:
-            found[rows >= n] = self._fresh_ids[rows[rows >= n] - n]
+        fresh = rows >= n
+        if fresh.any():
+            found[fresh] = self._read_fresh()[1][rows[fresh] - n]
         return found if is_int else found.astype(np.str_)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nestvec._checks import normalise
+from nestvec._checks import row_lengths
 from nestvec.maps.codes import int8_scale
+from nestvec.search import kernels
 
 _WIDTH = 32  # bytes that one instruction takes
 _OFFSET = 128  # the instruction wants one side without a sign
@@ -55,23 +56,21 @@ class Codes:
         The steps of the dimensions go into the query, which then gets a step of its own: the order
         of the products is that of the cosines, up to rounding.
         """
-        folded = queries[:, : self.dim] * self.scale
-        step = np.abs(folded).max(axis=1, keepdims=True) / _LEVELS
-        out = np.zeros((len(folded), padded(self.dim)), np.int8)
-        out[:, : self.dim] = np.rint(folded / np.where(step > 0, step, 1))
+        out = np.empty((len(queries), self.values.shape[1]), np.int8)
+        kernels.fold(queries, self.scale, out)
         return out
 
 
 def scale_of(sample: Vectors, dim: int) -> NDArray[np.float32]:
     """Return the steps that fit the prefixes of a sample of the gallery, (dim,)."""
-    return int8_scale(_prefix(sample, dim))
+    return int8_scale(unit_prefixes(sample, dim))
 
 
 def encode(vectors: Vectors, scale: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Write the codes of the prefixes of ``vectors`` (n, full dim) into ``out`` (n, padded)."""
     dim = len(scale)
     for start in range(0, len(vectors), _ROWS_AT_ONCE):
-        rows = _prefix(vectors[start : start + _ROWS_AT_ONCE], dim)
+        rows = unit_prefixes(vectors[start : start + _ROWS_AT_ONCE], dim)
         steps = np.rint(rows / scale)
         np.clip(steps, -_LEVELS, _LEVELS, out=steps)
         block = out[start : start + len(rows)]
@@ -79,5 +78,13 @@ def encode(vectors: Vectors, scale: NDArray[np.float32], out: NDArray[np.uint8])
         block[:, dim:] = _OFFSET
 
 
-def _prefix(vectors: Vectors, dim: int) -> Vectors:
-    return normalise(np.asarray(vectors[:, :dim], np.float32))
+def unit_prefixes(vectors: Vectors, dim: int | None = None) -> Vectors:
+    """Return the prefixes L2-normalised, (n, dim); one that is all zeros stays so.
+
+    Nothing forbids a row that is zeros for its first numbers: it is like no query.
+    """
+    rows = np.ascontiguousarray(vectors[:, :dim], np.float32)
+    lengths = row_lengths(rows)
+    unit = np.empty(rows.shape, np.float32)
+    np.divide(rows, np.where(lengths > 0, lengths, 1)[:, None], out=unit, casting="same_kind")
+    return unit

@@ -104,6 +104,8 @@ class Graph:
     def __init__(self, arrays: Arrays) -> None:
         self.links = arrays["links"]
         self._rest = tuple(arrays[n] for n in ("upper", "level_starts", "upper_rows", "down"))
+        # Which rows a walk met, and a count of walks: as many as threads search at once.
+        self._scratches: list[tuple[NDArray[np.uint16], NDArray[np.int64]]] = []
 
     def __len__(self) -> int:
         return len(self.links)
@@ -112,19 +114,14 @@ class Graph:
     def nbytes(self) -> int:
         return self.links.nbytes + sum(array.nbytes for array in self._rest)
 
-    def scratch(self) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Return what a thread keeps between searches: which rows it met, and a count."""
-        return np.zeros(len(self.links), np.uint16), np.zeros(1, np.int64)
-
-    def search(
-        self,
-        codes: Codes,
-        queries: NDArray[np.int8],
-        ef: int,
-        scratch: tuple[NDArray[np.uint16], NDArray[np.int64]],
-    ) -> NDArray[np.int32]:
+    def search(self, codes: Codes, queries: NDArray[np.int8], ef: int) -> NDArray[np.int32]:
         """Return the ``ef`` best rows the walk meets, (m, ef), best first, `NOTHING` at the end."""
         scores = np.empty((len(queries), ef), np.int32)
         rows = np.empty((len(queries), ef), np.int32)
+        try:
+            scratch = self._scratches.pop()
+        except IndexError:
+            scratch = np.zeros(len(self.links), np.uint16), np.zeros(1, np.int64)
         kernels.walk(self.links, *self._rest, codes.values, queries, *scratch, scores, rows)
+        self._scratches.append(scratch)
         return rows

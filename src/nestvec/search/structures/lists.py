@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nestvec._atomic import written_beside
 from nestvec._extras import require
 from nestvec.search import kernels
-from nestvec.search.sealed import write_array
 from nestvec.search.structures.codes import Codes, encode, padded, scale_of
 
 _SAMPLE_PER_LIST = 48  # rows that k-means sees for each centroid
@@ -33,7 +33,7 @@ def usual_n_lists(n: int) -> int:
 def build(
     rows_between: Callable[[int, int], NDArray[np.float32]],
     n: int,
-    part: Path,
+    part: Path | None = None,
     *,
     n_lists: int | None = None,
     seed: int = 0,
@@ -41,7 +41,8 @@ def build(
 ) -> dict[str, NDArray[Any]]:
     """Cluster ``n`` L2-normalised vectors, read by ``rows_between(start, end)``, into lists.
 
-    What is done is kept in the folder ``part``, where a build that was interrupted goes on.
+    What is done is kept in the folder ``part``, if there is one, where a build that was interrupted
+    goes on.
 
     Returns
     -------
@@ -97,16 +98,24 @@ def _centroids(
     return np.ascontiguousarray(means.centroids, np.float32)
 
 
-def _kept(part: Path, name: str) -> NDArray[Any] | None:
+def _kept(part: Path | None, name: str) -> NDArray[Any] | None:
+    if part is None:
+        return None
     try:
         return np.load(part / f"{name}.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
 
 
-def _keep(part: Path, name: str, array: NDArray[Any]) -> None:
-    with contextlib.suppress(OSError):  # it only saves time
-        write_array(part, name, array)
+def _keep(part: Path | None, name: str, array: NDArray[Any]) -> None:
+    if part is None:
+        return
+    with (  # it only saves time
+        contextlib.suppress(OSError),
+        written_beside(part / f"{name}.npy") as scratch,
+        scratch.open("wb") as file,
+    ):
+        np.save(file, array, allow_pickle=False)
 
 
 class Lists:
