@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nestvec.errors import DataError
@@ -223,6 +223,7 @@ def test_the_closed_forms_are_those_of_the_papers():
 @given(
     st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]) | st.floats(0, 1), min_size=2, max_size=400)
 )
+@example([0.0, 2.2250738585072014e-308])
 def test_the_bound_is_never_above_the_mean_and_never_rises_with_confidence(values):
     for method in METHODS:
         bounds = [

@@ -28,6 +28,7 @@ _CAUTION = 0.85  # a bet that is to pay 1 or nothing is hedged by 2.06 at w = 0.
 _BOLDEST = 4.0  # what a fund can be moved by, in those units: 4.08 is wanted at w = 1e-5
 _PRIOR = 0.05  # losses seen before the first, all of them whole: a variance per loss of 1
 _SMALLEST_P = 1e-12
+_NOTHING = 1e-12  # recall is in steps of 1/k
 _DUST = 1e-14  # of capital
 
 
@@ -173,7 +174,7 @@ def lower_bound(
     >>> round(lower_bound([1.0] * 1000, method="hoeffding"), 4)
     0.9613
     """
-    x = _values(values)
+    x = _rounded_down(_values(values))
     alpha = _alpha(confidence)
     n, mean = len(x), float(x.mean())
     if method == "hoeffding":
@@ -213,7 +214,7 @@ def p_value(values: ArrayLike, target: float | int, *, seed: int = 0) -> float:
     >>> round(p_value([1.0] * 300, 0.99), 3), round(0.99**300, 3)
     (0.049, 0.049)
     """
-    x = _values(values)
+    x = _rounded_down(_values(values))
     m = np.array([_target(target)])
     if m[0] >= x.mean():
         return 1.0
@@ -341,6 +342,11 @@ def _shuffled(x: Array, seed: int) -> Array:
     # after, and a sample that is one as a whole is bet on as if it drifted. The order must not
     # depend on the values: sorted first, they would be no independent draws.
     return np.random.default_rng(seed).permutation(x)
+
+
+def _rounded_down(x: Array) -> Array:
+    """Take what is next to nothing for nothing: no bound rises by it, and no stake overflows."""
+    return np.where(x < _NOTHING, 0.0, x)
 
 
 def _values(values: ArrayLike) -> Array:
