@@ -6,6 +6,7 @@ Run as ``index_writer.py MODE PATH ...``; it imports once and forks, so that kil
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -126,13 +127,11 @@ def watches(path):
     sys.stdout.write("open\n")
     sys.stdout.flush()
     versions, n = set(), 0
-    os.set_blocking(sys.stdin.fileno(), False)
-    while not sys.stdin.readline():
+    while not select.select([sys.stdin], [], [], 0.01)[0]:  # the others are to come to something
         hits = index.search(QUERIES, plan=PLANS[n % len(PLANS)], columns=["value"])
         assert_true(hits)
         versions.add(hits.version)
         n += 1
-        time.sleep(0.01)  # the others are to come to something
     sys.stdout.write(json.dumps([n, len(versions)]) + "\n")
 
 

@@ -23,7 +23,7 @@ from nestvec.errors import DataError, PlanError, StorageError
 from nestvec.search import mirror, sealed
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
-from nestvec.search.store import Batch, durable
+from nestvec.search.store import Batch, Store, durable
 from nestvec.search.structures import graph
 
 WRITER = str(Path(__file__).with_name("index_writer.py"))
@@ -255,6 +255,7 @@ def test_searches_go_on_during_a_compaction(index, monkeypatch):
             )
             thread.start()
             thread.join(10)
+            assert not thread.is_alive()
         return real(*words, **options)
 
     monkeypatch.setattr(graph, "build", slow)
@@ -489,7 +490,8 @@ def flip(file, at):
     file.write_bytes(content)
 
 
-def test_what_was_derived_from_a_lost_version_never_passes_for_true(index):
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "written over unseen"])
+def test_what_was_derived_from_a_lost_version_never_passes_for_true(index, seen):
     """A power cut, or its owner, takes the newest version away, and its number is given again."""
     some = list(range(500))
     index.upsert(index_writer.batch(some, 2))
@@ -497,13 +499,13 @@ def test_what_was_derived_from_a_lost_version_never_passes_for_true(index):
     version = index.version
     path = index.path
     durable.manifest_path(path / "record", version).unlink()
-    index = Index.open(path)
-    index.upsert(index_writer.batch(some, 3))
-    index.upsert(index_writer.batch([999], 4))
-    assert index.version > version
+    writer = Index.open(path) if seen else Store.open(path)
+    writer.upsert(index_writer.batch(some, 3))
+    writer.upsert(index_writer.batch([999], 4))
+    assert writer.version > version
     model = MODEL | dict.fromkeys(some, 3) | {999: 4}
-    for handle in (index, Index.open(path)):
-        assert_right(handle, model)
+    index = Index.open(path)
+    assert_right(index, model)
     index.compact()
     assert_right(index, model)
 
@@ -642,11 +644,10 @@ def test_a_plan_for_too_few_rows_says_so(tmp_path):
         index.plan(recall=0.9)
 
 
-@pytest.mark.parametrize("structure", ["graph(ef=40)", "lists(probes=8)"])
+@pytest.mark.parametrize("structure", ["graph(ef=40)", "lists(probes=30)"])
 def test_a_filter_costs_no_recall(tmp_path, structure):
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(50, DIM))
-    rows = centres[rng.integers(50, size=20_020)] + 0.7 * rng.normal(size=(20_020, DIM))
+    rows = rng.normal(size=(20_020, DIM)) * np.arange(1, DIM + 1) ** -0.5
     rows = normalise(rows.astype(np.float32))
     queries, rows = rows[:20], rows[20:]
     chance = pa.table({"chance": rng.random(20_000)})
@@ -660,7 +661,7 @@ def test_a_filter_costs_no_recall(tmp_path, structure):
         found = index.search(queries, plan=plan, filter=f"chance < {share}").ids
         recalls.append(np.mean([np.isin(a, b).mean() for a, b in zip(best, found, strict=True)]))
     assert recalls[0] > 0.9
-    assert min(recalls) > recalls[0] - 0.03
+    assert min(recalls) > recalls[0] - 0.02
 
 
 def test_a_plan_that_ends_in_codes_is_refused(index):
