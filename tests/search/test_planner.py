@@ -6,6 +6,7 @@ import pytest
 import nestvec as nv
 from nestvec._checks import normalise
 from nestvec.errors import DataError
+from nestvec.search import planner, trials
 from nestvec.search.cascade import Plan
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
@@ -75,22 +76,44 @@ def test_the_frontier_of_a_handful_is_the_one_made_by_hand():
     ]
 
 
-def test_the_certifying_queries_took_no_part_in_choosing(index, monkeypatch):
-    """Queries of the second half may be anything: the frontier does not change."""
-    seen = []
-    from nestvec.search import planner
+def found_by(choosing, certifying, recall=0.9, **more):
+    common = {"ms": None, "resident_bytes": None, "structures": ["exact"], "confidence": 0.95}
+    return planner.find(choosing, certifying, recall=recall, seed=0, **{**common, **more})
 
-    real = planner._Sample.__init__
 
-    def spy(self, view, asked, own, truth, k):
-        seen.append(asked)
-        real(self, view, asked, own, truth, k)
+def test_the_certifying_queries_take_no_part_in_choosing(index, fresh):
+    """The frontier is the same beside queries that nothing certifies."""
+    pool = trials.draw(index._seen(), fresh, k=10, n=1000, seed=0)
+    choosing, certifying = pool.subset(np.arange(300)), pool.subset(np.arange(300, 1000))
+    hopeless = trials.Trials(index._seen(), fresh[:300], np.full(300, -1), np.zeros((300, 10), int))
+    good, bad = found_by(choosing, certifying), found_by(choosing, hopeless)
+    assert good.plan is not None
+    assert bad.plan is None
+    assert good.frontier == bad.frontier
 
-    monkeypatch.setattr(planner._Sample, "__init__", spy)
-    index.plan(rows(300, 5), recall=0.9, structures=["exact"], keep=False)
-    choosing, certifying = seen
-    together = np.concatenate([choosing, certifying])
-    assert len(np.unique(together, axis=0)) == 300
+
+def test_a_subset_of_a_pool_says_what_its_queries_say_alone(index, fresh):
+    pool = trials.draw(index._seen(), fresh, k=10, n=1500, seed=0)
+    some = np.random.default_rng(0).permutation(1500)[:400]
+    alone = pool.subset(some)._apart(some)
+    for text in ("graph(ef=20) 48:int8@15 > 48@10", "lists(probes=3) 32:int8@30 > 48@10"):
+        plan = Plan.parse(text)
+        wanted = alone.recall(plan)  # it is run
+        assert 0.5 < wanted.mean() < 1
+        pool.walk(plan, 20 if plan.structure == "graph" else 100)
+        assert (pool.subset(some).recall(plan) == wanted).all()  # it is read off the walk
+        np.testing.assert_array_equal(
+            pool.subset(some).walk(plan, 20).places < 15, alone.walk(plan, 20).places < 15
+        )
+
+
+def test_halves_share_no_query_and_nothing_measured(index, fresh):
+    one, other = trials.draw(index._seen(), fresh, k=10, n=301, seed=0).halves()
+    assert (len(one), len(other)) == (150, 151)
+    together = np.concatenate([one._queries, other._queries])
+    assert len(np.unique(together, axis=0)) == 301
+    assert one._walks is not other._walks
+    assert one._answers is not other._answers
 
 
 def test_it_tests_from_the_safest_to_the_cheapest_and_takes_the_last_that_held(planned):

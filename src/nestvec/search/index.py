@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._atomic import written_beside
 from nestvec._checks import as_matrix
 from nestvec.errors import DataError, FileFormatError, PlanError
-from nestvec.search import engine, planner
+from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.derived import Derived
 from nestvec.search.generation import Generation
@@ -393,17 +393,18 @@ class Index:
 
         def find(view: View) -> Planned:
             try:
+                drawn = trials.draw(
+                    view, asked, k=k, n=n_queries, seed=seed, show_progress=self.show_progress
+                )
                 return planner.find(
-                    view,
-                    asked,
-                    k=k,
+                    *drawn.halves(),
                     recall=None if recall is None else float(recall),
                     ms=None if ms is None else float(ms),
                     resident_bytes=None if resident_bytes is None else float(resident_bytes),
                     structures=_known(structures),
                     confidence=float(confidence),
-                    n_queries=n_queries,
                     seed=seed,
+                    gallery_like=asked is None,
                     show_progress=self.show_progress,
                 )
             finally:
