@@ -30,7 +30,7 @@ N_QUERIES = 4000  # half to tune every peer's knob, half to score
 
 @dataclass
 class Gallery:
-    """``vectors`` (n, dim) and ``queries`` (m, dim), float32, L2-normalised, in PCA order."""
+    """``vectors`` (n, dim) and ``queries`` (m, dim), float32, L2-normalised; dims by weight."""
 
     name: str
     vectors: Vectors
@@ -94,6 +94,43 @@ def docs(n: int = 50_000) -> Gallery:
     return Gallery("docs", np.asarray(stored["vectors"]), np.asarray(stored["queries"]))
 
 
+def captions_mrl(n: int = 40_000) -> Gallery:
+    """Captions of photos by MiniLM trained nested (`train_text`, on other captions too)."""
+
+    def make() -> dict[str, NDArray]:
+        from train_text import PAIR_BATCH, PAIR_DIMS, PAIR_RATE, PRECISION, pairs
+
+        from nestvec.corpus.examples import Examples
+        from nestvec.encoders import TextEncoder
+        from nestvec.train import Settings, train_text
+
+        encoder = TextEncoder(_sets.MODEL).model
+        settings = Settings(
+            epochs=1, batch_size=PAIR_BATCH, learning_rate=PAIR_RATE, precision=PRECISION, seed=0
+        )
+        train_text(
+            encoder,
+            Examples("pairs", pairs()),
+            _frame.cache_folder("galleries") / "captions_mrl-encoder",
+            dims=PAIR_DIMS,
+            holdout=0,
+            settings=settings,
+        )
+        path = _frame.data_folder() / "multi30k_captions/train.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            photos = [json.loads(line)["captions"] for line in file]
+        texts = list(dict.fromkeys(text for photo in photos[:-N_QUERIES] for text in photo[:2]))
+        asked = list(dict.fromkeys(photo[2] for photo in photos[-N_QUERIES:]))
+        vectors, queries = (
+            encoder.encode(some, batch_size=256, normalize_embeddings=True)
+            for some in (texts[:n], asked)
+        )
+        return {"vectors": vectors, "queries": queries}
+
+    stored = _kept(f"captions_mrl-{n}", make)
+    return Gallery("captions_mrl", np.asarray(stored["vectors"]), np.asarray(stored["queries"]))
+
+
 def real1m(n: int = 1_000_000, dim: int = 256) -> Gallery:
     """A million points between true neighbours of `docs`, with noise of their spectrum."""
 
@@ -148,8 +185,10 @@ def _unit(rows: Vectors) -> Vectors:
 
 SETS: dict[str, Callable[[], Gallery]] = {
     "docs": docs,
+    "captions_mrl": captions_mrl,
     "real1m": real1m,
     "syn1m": clusters,
+    "try": lambda: clusters(20_000, 64, name="try"),  # to see whether a script runs
     "clusters768": lambda: clusters(300_000, 768, name="clusters768"),
     "clusters1536": lambda: clusters(300_000, 1536, name="clusters1536"),
 }

@@ -1,13 +1,16 @@
 """Search libraries behind one door: build once, then answer at a setting of their knobs.
 
-Each has as many settings to choose from (`N_SETTINGS`), so that none is tuned more than another.
+A setting is a width (how much a structure looks at) and an option (most often how many rows are
+reranked). Widths are in one fine row for all, and are bisected for each option.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
+import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +25,45 @@ from nestvec.search.index import Index
 from nestvec.search.structures.lists import usual_n_lists
 
 K = 10
-N_SETTINGS = 24
-WIDTHS = [round(10 * 1.3**i) for i in range(N_SETTINGS)]  # 10 ... 4,000
-REFINES = (2, 4, 8)  # rows reranked, in multiples of k
-Setting = Any
+# In steps of 5%, from 1 to 6,000.
+WIDTHS = [*dict.fromkeys(round(1.05**i) for i in range(179))]
+Option = Any
 Rows = NDArray[np.int64]
 
 
 class Peer:
-    """One method on one gallery; ``bytes_per_vector`` is what it keeps in memory."""
+    """One method on one gallery; ``bytes_per_vector`` is what it keeps in memory.
+
+    ``folder`` is its own, and keeps what was built, with the processor seconds that it took.
+    """
 
     package = "faiss-cpu"
+    options: tuple[Option, ...] = (1,)
+    least = 1  # width
+    most = 4000
+    clock: Callable[[], float] = staticmethod(time.process_time)
     bytes_per_vector: float
+    build_s: float
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         raise NotImplementedError
 
-    def settings(self) -> list[Setting]:
-        return list(WIDTHS)
+    def built(self, folder: Path, build: Callable[[], Any]) -> None:
+        """Build, unless it was done; ``build_s`` is what it took then."""
+        file = folder / "build_s.json"
+        if not file.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            started = self.clock()
+            build()
+            file.write_text(json.dumps(self.clock() - started))
+        self.build_s = json.loads(file.read_text())
 
-    def search(self, queries: NDArray[np.float32], setting: Setting, threads: int) -> Rows:
+    def widths(self) -> list[int]:
+        return [width for width in WIDTHS if self.least <= width <= self.most]
+
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        """Return what answers queries (m, dim) with rows (m, k) at a setting."""
         raise NotImplementedError
 
     @classmethod
@@ -55,35 +77,41 @@ class Faiss(Peer):
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         n, dim = gallery.vectors.shape
-        words = self.words.format(n_lists=usual_n_lists(n), pq=dim // 4)
-        self.index = faiss.index_factory(dim, words, faiss.METRIC_INNER_PRODUCT)
-        if hasattr(self.index, "hnsw"):
-            self.index.hnsw.efConstruction = 80
-        if not self.index.is_trained:
-            rows = np.random.default_rng(0).permutation(n)[:200_000]
-            self.index.train(gallery.vectors[np.sort(rows)])
-        self.index.add(gallery.vectors)
+        file = folder / "index.faiss"
+
+        def build() -> None:
+            words = self.words.format(n_lists=usual_n_lists(n), pq=dim // 4)
+            index = faiss.index_factory(dim, words, faiss.METRIC_INNER_PRODUCT)
+            if hasattr(index, "hnsw"):
+                index.hnsw.efConstruction = 80
+            if not index.is_trained:
+                rows = np.random.default_rng(0).permutation(n)[:200_000]
+                index.train(gallery.vectors[np.sort(rows)])
+            index.add(gallery.vectors)
+            faiss.write_index(index, str(file))
+
+        self.built(folder, build)
+        self.index = faiss.read_index(str(file))
         self.answering = self.index
         if self.refined:
             self.answering = faiss.IndexRefineFlat(self.index, faiss.swig_ptr(gallery.vectors))
-        held = len(faiss.serialize_index(self.index))
+        held = file.stat().st_size
         self.bytes_per_vector = (held + (gallery.vectors.nbytes if self.refined else 0)) / n
+        if hasattr(self.index, "hnsw"):
+            self.least = K
+        else:
+            self.most = usual_n_lists(n)
 
-    def settings(self) -> list[Setting]:
-        if not self.refined:
-            return [(width, 1) for width in WIDTHS]
-        return list(itertools.product(WIDTHS[:: len(REFINES)], REFINES))
-
-    def search(self, queries: NDArray[np.float32], setting: Setting, threads: int) -> Rows:
-        width, refine = setting
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
         faiss.omp_set_num_threads(threads)
         if hasattr(self.index, "hnsw"):
-            self.index.hnsw.efSearch = max(width, K * refine)
+            self.index.hnsw.efSearch = max(width, round(K * option))
         else:
             self.index.nprobe = width
         if self.refined:
-            self.answering.k_factor = refine
-        return self.answering.search(queries, K)[1]
+            self.answering.k_factor = option
+        answer = self.answering.search
+        return lambda queries: answer(queries, K)[1]
 
 
 class HNSW32(Faiss):
@@ -91,7 +119,7 @@ class HNSW32(Faiss):
 
 
 class HNSW32SQ8(Faiss):
-    words, refined = "HNSW32,SQ8", True
+    words, refined, options = "HNSW32,SQ8", True, (1, 1.5, 2, 4)
 
 
 class IVFFlat(Faiss):
@@ -99,103 +127,209 @@ class IVFFlat(Faiss):
 
 
 class IVFPQ(Faiss):
-    words, refined = "IVF{n_lists},PQ{pq}x4fs", True
+    words, refined, options = "IVF{n_lists},PQ{pq}x4fs", True, (4, 8, 16, 32)
 
 
 class RaBitQ(Faiss):
-    words, refined = "IVF{n_lists},RaBitQ", True
+    words, refined, options = "IVF{n_lists},RaBitQ", True, (4, 8, 16, 32)
 
 
 class USearch(Peer):
-    package = "usearch"
+    package, least = "usearch", K
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         from usearch.index import Index as Built
 
         dim = gallery.vectors.shape[1]
         self.index = Built(ndim=dim, metric="ip", dtype="bf16", connectivity=32, expansion_add=80)
-        self.index.add(np.arange(len(gallery.vectors)), gallery.vectors, threads=1)
+        file = folder / "index.usearch"
+
+        def build() -> None:
+            self.index.add(np.arange(len(gallery.vectors)), gallery.vectors, threads=2)
+            self.index.save(str(file))
+
+        self.built(folder, build)
+        if not len(self.index):
+            self.index.load(str(file))
         self.bytes_per_vector = self.index.memory_usage / len(gallery.vectors)
 
-    def search(self, queries: NDArray[np.float32], setting: Setting, threads: int) -> Rows:
-        self.index.expansion_search = setting
-        found = self.index.search(queries, K, threads=threads)
-        return np.atleast_2d(found.keys).astype(np.int64)
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        self.index.expansion_search = width
+        search = self.index.search
+
+        def answer(queries: Any) -> Rows:
+            return np.atleast_2d(search(queries, K, threads=threads).keys).astype(np.int64)
+
+        return answer
 
 
 class HNSWLib(Peer):
-    package = "hnswlib"
+    package, least = "hnswlib", K
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         import hnswlib
 
         n, dim = gallery.vectors.shape
         self.index = hnswlib.Index(space="ip", dim=dim)
-        self.index.init_index(max_elements=n, ef_construction=80, M=32)
-        self.index.add_items(gallery.vectors, num_threads=1)
-        self.bytes_per_vector = self.index.index_file_size() / n
+        file = folder / "index.hnswlib"
 
-    def search(self, queries: NDArray[np.float32], setting: Setting, threads: int) -> Rows:
-        self.index.set_ef(setting)
-        return self.index.knn_query(queries, K, num_threads=threads)[0].astype(np.int64)
+        def build() -> None:
+            made = hnswlib.Index(space="ip", dim=dim)
+            made.init_index(max_elements=n, ef_construction=80, M=32)
+            made.add_items(gallery.vectors, num_threads=2)
+            made.save_index(str(file))
+
+        self.built(folder, build)
+        self.index.load_index(str(file))
+        self.bytes_per_vector = file.stat().st_size / n
+
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        self.index.set_ef(width)
+        search = self.index.knn_query
+        return lambda queries: search(queries, K, num_threads=threads)[0].astype(np.int64)
+
+
+class SVS(Peer):
+    """Vamana at float32: its codecs run on Intel's processors alone."""
+
+    package, least = "scalable-vs", K
+
+    def __init__(self, gallery: Gallery, folder: Path) -> None:
+        import svs
+
+        made = []
+
+        def build() -> None:
+            settings = svs.VamanaBuildParameters(
+                alpha=0.95, graph_max_degree=64, window_size=128, prune_to=60
+            )
+            made.append(
+                svs.Vamana.build(settings, gallery.vectors, svs.DistanceType.MIP, num_threads=2)
+            )
+            made[0].save(*(str(folder / part) for part in ("config", "graph", "data")))
+
+        self.built(folder, build)
+        parts = [str(folder / part) for part in ("config", "graph", "data")]
+        n = len(gallery.vectors)
+        self.index = svs.Vamana(
+            parts[0], svs.GraphLoader(parts[1]), svs.VectorDataLoader(parts[2]),
+            svs.DistanceType.MIP, num_threads=1,
+        )  # fmt: skip
+        self.bytes_per_vector = (
+            sum(file.stat().st_size for part in parts[1:] for file in Path(part).iterdir()) / n
+        )
+
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        self.index.num_threads = threads
+        self.index.search_window_size = width
+        search = self.index.search
+        return lambda queries: search(queries, K)[0].astype(np.int64)
+
+
+class ScaNN(Peer):
+    package, most, options = "scann", 512, (40, 80, 160, 320)
+
+    def __init__(self, gallery: Gallery, folder: Path) -> None:
+        import scann
+
+        n = len(gallery.vectors)
+
+        def build() -> None:
+            made = (
+                scann.scann_ops_pybind.builder(np.array(gallery.vectors), K, "dot_product")
+                .tree(num_leaves=usual_n_lists(n), num_leaves_to_search=32, training_sample_size=n)
+                .score_ah(4, anisotropic_quantization_threshold=0.2)
+                .reorder(100)
+                .build()
+            )
+            made.serialize(str(folder))
+
+        self.built(folder, build)
+        self.index = scann.scann_ops_pybind.load_searcher(str(folder))
+        self.index.set_num_threads(2)
+        self.most = usual_n_lists(n)
+        self.bytes_per_vector = sum(f.stat().st_size for f in folder.glob("*.npy")) / n
+
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        index = self.index
+        more = {"leaves_to_search": width, "pre_reorder_num_neighbors": option}
+
+        def answer(queries: Any) -> Rows:
+            if len(queries) == 1:
+                return index.search(queries[0], K, **more)[0][None].astype(np.int64)
+            if threads > 1:
+                return index.search_batched_parallel(queries, K, **more)[0].astype(np.int64)
+            return index.search_batched(queries, K, **more)[0].astype(np.int64)
+
+        return answer
 
 
 class Nestvec(Peer):
-    """An index of ours: ``plans`` are made of widths and shortlists."""
+    """An index of ours, ``share`` of the dims in the first stage; options: rows kept, times K."""
 
     package = "nestvec"
     structure, knob, share = "graph", "ef", 1.0
-    keeps: tuple[float, ...] = (1.2, 2, 4)
-    last = "float32"
+    options = (1.2, 2, 3, 4)
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         n, dim = gallery.vectors.shape
-        shutil.rmtree(folder, ignore_errors=True)
-        space = nv.Space.declared(gallery.name, dim=dim)
-        self.index = Index.create(
-            folder, nv.Embeddings(gallery.vectors, space), durability="process"
-        )
         self.dim, self.first = dim, max(32, int(dim * self.share) // 32 * 32)
-        self.index.build(self.structure)
-        self.search(gallery.queries[:2], self.settings()[0], 1)
+        self.kept = folder.parent / f"{gallery.name}-nestvec"  # all of ours share these
+
+        def create() -> None:
+            space = nv.Space.declared(gallery.name, dim=dim)
+            rows = nv.Embeddings(gallery.vectors, space)
+            Index.create(self.kept / "docs.nest", rows, durability="process")
+
+        self.built(self.kept, create)
+        self.index = Index.open(self.kept / "docs.nest", durability="process")
+        created = self.build_s
+        folder = folder.parent / f"{gallery.name}-nestvec-{self.structure}"
+        self.built(folder, lambda: self.index.build(self.structure))
+        self.build_s += created
+        if self.structure == "graph":
+            self.least = K
+        else:
+            self.most = usual_n_lists(n)
+        self.searcher(100, self.options[0], 1)(gallery.queries[:2])
         self.bytes_per_vector = self.index.stats()["resident_bytes"] / n
 
-    def settings(self) -> list[Setting]:
-        last = "" if self.last == "float32" else f":{self.last}"
-        found = []
-        for width, keep in itertools.product(WIDTHS[:: len(self.keeps)], self.keeps):
-            rows = round(K * keep)
-            if last and self.first == self.dim:
-                stages = f"{self.dim}:int8@{K}"
-            else:
-                stages = f"{self.first}:int8@{rows} > {self.dim}{last}@{K}"
-            if self.structure == "graph":
-                width = max(width, rows)
-            found.append(Plan.parse(f"{self.structure}({self.knob}={width}) {stages}"))
-        return found
+    def plan(self, width: int, option: Option) -> Plan:
+        rows = round(K * option)
+        if self.structure == "graph":
+            width = max(width, rows)
+        cascade = f"{self.first}:int8@{rows} > {self.dim}@{K}"
+        return Plan.parse(f"{self.structure}({self.knob}={width}) {cascade}")
 
-    def search(self, queries: NDArray[np.float32], setting: Setting, threads: int) -> Rows:
-        return self.index.search(queries, plan=setting, threads=threads).ids
+    def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
+        plan, search = self.plan(width, option), self.index.search
+        return lambda queries: search(queries, plan=plan, threads=threads).ids
 
 
 class Graph(Nestvec):
     pass
 
 
-class GraphPrefix(Nestvec):
-    share, keeps = 0.5, (2, 4, 8)
+class GraphHalf(Nestvec):
+    share, options = 0.5, (2, 4, 6, 8)
+
+
+class GraphThird(Nestvec):
+    share, options = 1 / 3, (2, 4, 8, 16)
 
 
 class Lists(Nestvec):
-    """Lists of int8 prefixes of a third to a half of the dims."""
+    structure, knob, share, options = "lists", "probes", 0.5, (2, 4, 6, 8)
 
-    structure, knob, share, keeps = "lists", "probes", 0.4, (4, 8, 16)
+
+class ListsThird(Lists):
+    share, options = 1 / 3, (2, 4, 8, 16)
 
 
 class ListsFull(Lists):
     """The same kernel on full-size codes: what nesting adds is the difference."""
 
-    share, keeps = 1.0, (1.2, 2, 4)
+    share, options = 1.0, (1.2, 2, 3, 4)
 
 
 PEERS: dict[str, type[Peer]] = {
@@ -206,8 +340,12 @@ PEERS: dict[str, type[Peer]] = {
     "faiss_ivf_rabitq_refine": RaBitQ,
     "usearch": USearch,
     "hnswlib": HNSWLib,
+    "svs_vamana": SVS,
+    "scann": ScaNN,
     "nestvec_graph": Graph,
-    "nestvec_graph_prefix": GraphPrefix,
-    "nestvec_lists": Lists,
+    "nestvec_graph_half": GraphHalf,
+    "nestvec_graph_third": GraphThird,
     "nestvec_lists_full": ListsFull,
+    "nestvec_lists_half": Lists,
+    "nestvec_lists_third": ListsThird,
 }
