@@ -75,9 +75,23 @@ def _kept(name: str, make: Callable[[], dict[str, NDArray]]) -> dict[str, NDArra
 
 def docs(n: int = 50_000) -> Gallery:
     """Passages of docstrings of this machine's Python and of newsgroup posts, by MiniLM."""
+    stored = _docs(n)
+    return Gallery("docs", np.asarray(stored["vectors"]), np.asarray(stored["queries"]))
 
+
+def docs_asked(n: int = 50_000) -> tuple[Vectors, list[dict[str, int]]]:
+    """Return summary lines of docstrings, embedded, and the rows of `docs` that answer each."""
+    stored = _docs(n)
+    grades: list[dict[str, int]] = [{} for _ in stored["asked"]]
+    for line, row in stored["answers"].tolist():
+        grades[line][str(row)] = 1
+    return np.asarray(stored["asked"]), grades
+
+
+def _docs(n: int) -> dict[str, NDArray]:
     def make() -> dict[str, NDArray]:
-        texts = list(docstrings(limit=n + N_QUERIES).doc_texts)
+        found = docstrings(limit=n + N_QUERIES)
+        texts = list(found.doc_texts)
         path = _frame.data_folder() / "20newsgroups/train.jsonl.gz"
         with gzip.open(path, "rt", encoding="utf-8") as file:
             posts = [passage for line in file for passage in passages(json.loads(line)["text"])]
@@ -87,11 +101,28 @@ def docs(n: int = 50_000) -> Gallery:
         rows = _sets.embed(f"passages-{len(texts)}", texts, ids, "document")
         order = np.random.default_rng(0).permutation(len(texts))
         array = rows.array[order]
-        rotated = nv.PrincipalRotation().fit(array[N_QUERIES:]).transform(array)
-        return {"queries": rotated[:N_QUERIES], "vectors": rotated[N_QUERIES:]}
+        rotation = nv.PrincipalRotation().fit(array[N_QUERIES:])
+        rotated = rotation.transform(array)
 
-    stored = _kept(f"docs-{n}", make)
-    return Gallery("docs", np.asarray(stored["vectors"]), np.asarray(stored["queries"]))
+        place = dict(zip(order.tolist(), range(-N_QUERIES, n), strict=True))  # below 0: a query
+        rows_of = {id_: place[at] for at, id_ in enumerate(found.doc_ids)}
+        answers = {
+            id_: [rows_of[doc] for doc in found.qrels[id_] if rows_of[doc] >= 0]
+            for id_ in found.query_ids
+        }
+        text_of = dict(zip(found.query_ids, found.query_texts, strict=True))
+        asking = [id_ for id_ in sorted(answers) if answers[id_]]
+        asking = [asking[i] for i in np.random.default_rng(0).permutation(len(asking))[:N_QUERIES]]
+        asked = _sets.embed(f"summaries-{n}", [text_of[a] for a in asking], asking, "query")
+        pairs = [(line, row) for line, id_ in enumerate(asking) for row in answers[id_]]
+        return {
+            "queries": rotated[:N_QUERIES],
+            "vectors": rotated[N_QUERIES:],
+            "asked": rotation.transform(asked.array),
+            "answers": np.array(pairs),
+        }
+
+    return _kept(f"docs-{n}", make)
 
 
 def captions_mrl(n: int = 40_000) -> Gallery:
