@@ -278,6 +278,23 @@ def scan_lists(
         _finish(best, found, size)
 
 
+@intrinsic
+def _shift(typingctx: Any, array: Any, start: Any, end: Any) -> Any:
+    """Move ``array[start:end]`` one place on; LLVM makes a slow loop of the plain one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, arguments[0])
+        wide = context.get_value_type(types.intp)
+        source = builder.gep(made.data, [arguments[1]])
+        target = builder.gep(source, [ir.Constant(wide, 1)])
+        width = ir.Constant(wide, signature.args[0].dtype.bitwidth // 8)
+        n_bytes = builder.mul(builder.sub(arguments[2], arguments[1]), width)
+        cgutils.raw_memmove(builder, target, source, n_bytes, 1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
+
+
 @_compiled
 def _meet(links: Any, at: int, codes: Any, seen: Any, stamp: int, fresh: Any) -> int:
     """Collect the neighbours of a row that were not met yet, and ask for their codes."""
@@ -286,12 +303,12 @@ def _meet(links: Any, at: int, codes: Any, seen: Any, stamp: int, fresh: Any) ->
         row = links[at, j]
         if row < 0:
             break
-        if seen[row] != stamp:
-            seen[row] = stamp
-            fresh[n] = row
-            n += 1
-            for byte in range(0, codes.shape[1], _LINE):
-                _prefetch(codes, np.intp(row) * codes.shape[1] + byte)
+        fresh[n] = row  # whether it is new cannot be foreseen, so nothing branches on it
+        n += np.int64(seen[row] != stamp)
+        seen[row] = stamp
+    for i in range(n):
+        for byte in range(0, codes.shape[1], _LINE):
+            _prefetch(codes, np.intp(fresh[i]) * codes.shape[1] + byte)
     return n
 
 
@@ -334,47 +351,50 @@ def walk(
     rows: Any,
 ) -> None:
     ef = scores.shape[1]
-    done = np.empty(ef, np.bool_)
-    fresh = np.empty(links.shape[1], np.int32)
+    fresh, reached = np.empty((2, links.shape[1]), np.int32)
     for asked in range(queries.shape[0]):
         clock[0] += 1
         if clock[0] == _STAMPS:
             seen[:] = 0
             clock[0] = 1
-        stamp = clock[0]
+        stamp = np.uint16(clock[0])
         query, best, found = queries[asked], scores[asked], rows[asked]
         at = _descend(upper, level_starts, upper_rows, down, codes, query)
-        best[0], found[0], done[0] = _dot(codes, at, query), at, False
+        best[0], found[0] = _dot(codes, at, query), at
         seen[at] = stamp
         size, place = 1, 0
         while place < size:
-            done[place] = True
-            n = _meet(links, found[place], codes, seen, stamp, fresh)
-            first = size
-            for i in range(n):
+            at = found[place]
+            found[place] = ~at  # below zero: its links have been followed
+            n_fresh = _meet(links, at, codes, seen, stamp, fresh)
+            full = size == ef
+            n, worst = 0, best[size - 1]
+            for i in range(n_fresh):  # no branch here either
                 row = fresh[i]
                 score = _dot(codes, row, query)
+                reached[n], fresh[n] = score, row
+                n += np.int64(not full or score > worst)
+            first = size
+            for i in range(n):
+                score = reached[i]
                 if size == ef and score <= best[ef - 1]:
                     continue
-                low, high = 0, size  # where it belongs: behind equals that came before
-                while low < high:
-                    middle = (low + high) >> 1
-                    if best[middle] >= score:
-                        low = middle + 1
-                    else:
-                        high = middle
-                if size < ef:
-                    size += 1
-                for k in range(size - 1, low, -1):
-                    best[k], found[k], done[k] = best[k - 1], found[k - 1], done[k - 1]
-                best[low], found[low], done[low] = score, row, False
+                low = 0  # where it belongs: behind equals that came before
+                for k in range(size):
+                    low += np.int64(best[k] >= score)
+                size = min(size + 1, ef)
+                _shift(best, low, size - 1)
+                _shift(found, low, size - 1)
+                best[low], found[low] = score, fresh[i]
                 first = min(first, low)
             place = min(place + 1, first)
-            while place < size and done[place]:
+            while place < size and found[place] < 0:
                 place += 1
             if place < size:  # its links are on their way when they are asked for
                 for j in range(0, links.shape[1], _LINE // 4):
                     _prefetch(links, np.intp(found[place]) * links.shape[1] + j)
+        for i in range(size):
+            found[i] = ~found[i]
         found[size:] = NOTHING
 
 
