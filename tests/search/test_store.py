@@ -120,6 +120,34 @@ def test_keys_stand_in_the_order_of_a_scan(store):
     np.testing.assert_array_equal(np.stack(got), np.stack(store.snapshot.keys()))
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7, 1000])
+def test_keys_are_the_same_however_many_are_read_at_once(store, monkeypatch, at_once):
+    for n in range(6):
+        store.append(batch([f"d{n}-{i}" for i in range(n + 1)]))
+    store.delete(["d3-0", "d5-1", "d5-5"])
+    store.upsert(batch(["d2-1", "d4-4"], 99))
+    by_row = {
+        (int(row), int(updated))
+        for rows in store.snapshot.scan(["id"])
+        for row, updated in zip(*rows.keys, strict=True)
+    }
+    monkeypatch.setattr("nestvec.search.store.snapshot._KEYS_AT_ONCE", at_once)
+    every = dict(store.snapshot.keys_by_fragment())
+    got = [
+        pair for keys in every.values() for pair in zip(*(c.tolist() for c in keys), strict=True)
+    ]
+    assert len(got) == len(by_row) == store.count
+    assert set(got) == by_row
+    known = set(list(every)[::2])
+    again = dict(store.snapshot.keys_by_fragment(known))
+    assert list(again) == list(every)
+    for mark, keys in again.items():
+        if mark in known:
+            assert keys is None
+        else:
+            np.testing.assert_array_equal(np.stack(keys), np.stack(every[mark]))
+
+
 def test_a_scan_after_a_version_yields_what_changed_since(store, rng):
     store.append(batch([f"d{n}" for n in range(50)]))
     for step in range(8):

@@ -2,7 +2,7 @@
 
 The store of record is columnar and versioned, and takes a millisecond to gather 200 rows; a warm
 memory map takes a twentieth of it. Each row is checked as it is read: the sum of its words is kept
-beside it, in memory.
+beside it, in memory. Keys and ids are mapped too: an answer reads few of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nestvec.search.store.snapshot import as_matrix
 
 Rows = NDArray[np.int32]
 
+_MAPPED = ("vectors", "row_ids", "updated", "ids", "id_bytes", "id_ends")
 _ALL = slice(None)
 _SAMPLE = 100_000
 _BYTES_AT_ONCE = 1 << 24
@@ -72,7 +73,7 @@ def in_memory(
     arrays = _gathered(blocks, n, layout, sizes, put, progress)
     vectors.flags.writeable = False  # as a mapped file is: one compiled kernel fits both
     mirror = Mirror(folder, {"version": version}, {"vectors": vectors, **arrays})
-    mirror.resident_bytes += vectors.nbytes
+    mirror.resident_bytes = vectors.nbytes + sum(array.nbytes for array in arrays.values())
     return mirror
 
 
@@ -136,7 +137,6 @@ class Mirror:
         self.version: int = about["version"]
         self.vectors = arrays.pop("vectors")
         self.row_ids, self.updated = arrays["row_ids"], arrays["updated"]
-        self.resident_bytes = sum(array.nbytes for array in arrays.values())
         self._ids = arrays
         found = (
             (int(name.removeprefix("sums-")), sums)
@@ -144,6 +144,7 @@ class Mirror:
             if name.startswith("sums-")
         )
         self._sums = dict(sorted(found))
+        self.resident_bytes = sum(sums.nbytes for sums in self._sums.values())
         self.sizes = tuple(self._sums)  #: Prefix sizes that rows can be reranked at.
         kind = self.vectors.dtype
         if self.vectors.shape != (len(self), self.sizes[-1]) or not kind.isnative:
@@ -153,7 +154,7 @@ class Mirror:
     @classmethod
     def open(cls, folder: Path) -> Mirror:
         """Open what `build` wrote; raises `Damaged`."""
-        return cls(folder, *sealed.load(folder, mapped=["vectors"]))
+        return cls(folder, *sealed.load(folder, mapped=_MAPPED, unchecked=["vectors"]))
 
     @property
     def _file(self) -> Path:

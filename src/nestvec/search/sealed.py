@@ -27,7 +27,7 @@ from nestvec.errors import StorageError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_READ_AT_ONCE = 1 << 24
+_READ_AT_ONCE = 1 << 20
 _WAIT = 0.05  # seconds
 
 Arrays = dict[str, NDArray[Any]]
@@ -120,11 +120,13 @@ def seal(
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load(folder: Path, *, mapped: Collection[str] = ()) -> tuple[dict[str, Any], Arrays]:
+def load(
+    folder: Path, *, mapped: Collection[str] = (), unchecked: Collection[str] = ()
+) -> tuple[dict[str, Any], Arrays]:
     """Return what was said when a folder was sealed, and its arrays.
 
-    They are read into memory and compared with their checksums; those named in ``mapped`` are
-    mapped and not compared. Raises `Damaged`, which names the file.
+    They are compared with their checksums, except the ``unchecked``, and read into memory, except
+    the ``mapped``. Raises `Damaged`, which names the file.
     """
     about, files = _manifest(folder)
     found: Arrays = {}
@@ -133,7 +135,7 @@ def load(folder: Path, *, mapped: Collection[str] = ()) -> tuple[dict[str, Any],
         try:
             if file.stat().st_size != said["bytes"]:
                 raise Damaged(f"{file} is cut short.")
-            if name not in mapped and checksum(file) != said["xxh3_128"]:
+            if name not in unchecked and checksum(file) != said["xxh3_128"]:
                 raise Damaged(f"{file} has changed since it was written.")
             mode = "r" if name in mapped else None
             found[name] = np.asarray(np.load(file, mmap_mode=mode, allow_pickle=False))

@@ -26,8 +26,9 @@ _FILTERS_KEPT = 16
 class _Fragment:
     """A piece of the record: where its true rows are derived, and its fresh ones."""
 
-    def __init__(self, places: NDArray[np.int32], row_ids: NDArray[np.int64]) -> None:
-        self.places = places
+    def __init__(self, places: NDArray[np.int64], row_ids: NDArray[np.int64]) -> None:
+        in_one = len(places) > 0 and bool((np.diff(places) == 1).all())  # it needs no room then
+        self.places = slice(places[0], places[-1] + 1) if in_one else places.astype(np.int32)
         self.row_ids = row_ids
         self._read: tuple[NDArray[np.float32], NDArray[Any]] | None = None
 
@@ -67,8 +68,8 @@ class View:
             in_order = bool((row_ids[1:] > row_ids[:-1]).all())  # it needs no room then
             self._order = None if in_order else np.argsort(row_ids, kind="stable")
         self._fragments = {
-            mark: known.get(mark) or self._resolve(keys)
-            for mark, keys in snapshot.keys_by_fragment().items()
+            mark: known[mark] if keys is None else self._resolve(keys)
+            for mark, keys in snapshot.keys_by_fragment(known)
         }
         alive = np.zeros(len(generation), np.bool_)
         for fragment in self._fragments.values():
@@ -109,7 +110,7 @@ class View:
         places, found = self._places(keys.row_ids)
         true = found.copy()
         true[found] = self.generation.mirror.updated[places[found]] == keys.updated[found]
-        return _Fragment(places[true].astype(np.int32), keys.row_ids[~true])
+        return _Fragment(places[true], keys.row_ids[~true])
 
     def _places(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return where rows were derived, whatever became of them since, and whether they were."""

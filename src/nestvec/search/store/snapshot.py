@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ pa = require("pyarrow", extra="index", why="an index")
 pc = require("pyarrow.compute", extra="index", why="an index")
 
 _KEYS = ["_rowid", "_row_last_updated_at_version"]
+_KEYS_AT_ONCE = 1 << 18
 _FEW = 10_000  # ids that are looked for by a filter; more are joined in memory
 _READ_AHEAD = {"batch_readahead": 2, "fragment_readahead": 1, "io_buffer_size": 1 << 26}
 
@@ -51,7 +52,6 @@ class Snapshot:
         dataset: Any,
         layout: Layout,
         lease: Lease,
-        known: Mapping[Any, Keys] | None = None,
     ) -> None:
         self.dataset = dataset
         self.layout = layout
@@ -60,16 +60,9 @@ class Snapshot:
         #: Where the version after this one would appear.
         self.next_manifest = str(manifest_path(folder / "record", self.version + 1))
         self._folder = folder
-        self._known = known or {}
-        self._knows_all = False
 
     def __repr__(self) -> str:
         return f"Snapshot({self._folder}, version {self.version}, {self.count} rows)"
-
-    @property
-    def known_keys(self) -> Mapping[Any, Keys]:
-        """What a later snapshot need not read again: the keys of every fragment."""
-        return self._known
 
     @property
     def count(self) -> int:
@@ -106,34 +99,32 @@ class Snapshot:
     def keys(self) -> Keys:
         """Return row ids and versions of all rows that live, in the order of `scan`."""
         none = Keys(np.empty(0, np.int64), np.empty(0, np.int64))
-        columns = zip(none, *self.keys_by_fragment().values(), strict=True)
+        columns = zip(none, *(keys for _, keys in self.keys_by_fragment() if keys), strict=True)
         return Keys(*map(np.concatenate, columns))
 
-    def keys_by_fragment(self) -> Mapping[Any, Keys]:
-        """Return the keys of each fragment, under a mark that changes when its live rows do.
+    def keys_by_fragment(self, known: Container[Any] = ()) -> Iterator[tuple[Any, Keys | None]]:
+        """Yield for each fragment, in order, a mark that changes when its live rows do, and keys.
 
-        Only fragments that the snapshot before did not have, or that lost rows, are read.
+        Those whose mark is ``known`` are not read: their keys are None.
         """
-        if not self._knows_all:
-            fragments = self.dataset.get_fragments()
-            infos = [fragment.metadata for fragment in fragments]
-            marks = [_mark(info) for info in infos]
-            fresh = [i for i, mark in enumerate(marks) if mark not in self._known]
-            read: dict[Any, Keys] = {}
-            if fresh:
-                with self._errors():
-                    table = self.dataset.scanner(
-                        columns=_KEYS,
-                        fragments=[fragments[i] for i in fresh],
-                        scan_in_order=True,
-                    ).to_table()
-                every = _keys_of(table)
-                ends = np.cumsum([infos[i].num_rows for i in fresh])[:-1]
-                parts = zip(*(np.split(column, ends) for column in every), strict=True)
-                read = {marks[i]: Keys(*part) for i, part in zip(fresh, parts, strict=True)}
-            self._known = {mark: read.get(mark) or self._known[mark] for mark in marks}
-            self._knows_all = True
-        return self._known
+        marked = [(_mark(f.metadata), f) for f in self.dataset.get_fragments()]
+        fresh = [fragment for mark, fragment in marked if mark not in known]
+        read = self._keys_of_each(fresh)
+        for mark, _ in marked:
+            yield mark, None if mark in known else next(read)
+
+    def _keys_of_each(self, fragments: list[Any]) -> Iterator[Keys]:
+        ends = np.cumsum([fragment.metadata.num_rows for fragment in fragments])
+        groups = ends // _KEYS_AT_ONCE if len(ends) else ends
+        for group in np.unique(groups):  # a scan takes a millisecond, a million keys 16 MB
+            some = np.flatnonzero(groups == group)
+            with self._errors():
+                table = self.dataset.scanner(
+                    columns=_KEYS, fragments=[fragments[i] for i in some], scan_in_order=True
+                ).to_table()
+            cuts = ends[some[:-1]] - (ends[some[0] - 1] if some[0] else 0)
+            for part in zip(*(np.split(c, cuts) for c in _keys_of(table)), strict=True):
+                yield Keys(*part)
 
     def scan(
         self, columns: Sequence[str] = ("vector",), *, after: int = 0, batch_size: int = 8192
@@ -152,11 +143,15 @@ class Snapshot:
         self._check_columns(columns)
         fragments = None
         if after:
-            known = self.keys_by_fragment()
+            newer = {
+                mark
+                for mark, keys in self.keys_by_fragment()
+                if keys and keys.updated.max(initial=0) > after
+            }
             fragments = [
                 fragment
                 for fragment in self.dataset.get_fragments()
-                if known[_mark(fragment.metadata)].updated.max(initial=0) > after
+                if _mark(fragment.metadata) in newer
             ]
             if not fragments:
                 return

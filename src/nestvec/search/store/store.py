@@ -207,11 +207,7 @@ class Store:
             lease = durable.Lease(self.path, newest)
             if old.dataset.latest_version == newest:  # so the lease was there before it was old
                 self.snapshot = Snapshot(
-                    self.path,
-                    old.dataset.checkout_version(newest),
-                    old.layout,
-                    lease,
-                    old.known_keys,
+                    self.path, old.dataset.checkout_version(newest), old.layout, lease
                 )
         return self.snapshot is not old
 
