@@ -5,7 +5,8 @@ import pytest
 
 import nestvec as nv
 from nestvec._checks import normalise
-from nestvec.errors import DataError
+from nestvec.errors import DataError, PlanError
+from nestvec.measurement.metrics import per_query
 from nestvec.search import planner, trials
 from nestvec.search.cascade import Plan
 from nestvec.search.exact import top_k
@@ -119,9 +120,132 @@ def test_halves_share_no_query_and_nothing_measured(index, fresh):
 def test_it_tests_from_the_safest_to_the_cheapest_and_takes_the_last_that_held(planned):
     times = [one.ms for one in planned.tested]
     assert times == sorted(times, reverse=True)
-    held = planned.tested[: planned.certificate.n_held]
-    assert planned.plan == held[-1].plan
-    assert all(bound.lower >= 0.95 for bound in planned.certificate.bounds[: len(held)])
+    n_held = planned.certificate.n_held
+    lowers = [bound.lower for bound in planned.certificate.bounds]
+    assert planned.plan == planned.tested[n_held - 1].plan
+    assert min(lowers[:n_held]) >= 0.95
+    assert all(lower < 0.95 for lower in lowers[n_held : n_held + 1])
+
+
+def test_widths_are_finer_near_the_target(index, fresh):
+    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    coarse = _frontier(planner._measure(pool, ["lists"], None, False))
+    tried = {planner._kind(one)[2] for one in coarse}
+    finer = planner._finer(pool, coarse, 0.99)
+    widths = sorted({planner._kind(one)[2] for one in finer})
+    assert widths
+    assert not tried & {*widths}
+    near = [planner._kind(one)[2] for one in coarse if 0.98 < one.recall < 0.999]
+    assert all(min(abs(np.log(width / np.array(near)))) < 0.2 for width in widths)
+
+
+# --- recall of one search -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stored") / "a.nest"
+    index = Index.create(folder, nv.Embeddings(rows(6000, 0), SPACE), durability="process")
+    return index, index.plan(rows(1000, 1), recall=0.95)
+
+
+def test_a_search_may_ask_for_less_recall_or_more_and_gets_what_was_proven(stored, fresh):
+    index, planned = stored
+    assert index.search(fresh[:2], recall=0.95).plan == planned.plan
+    ms = []
+    for asked in (0.85, 0.9, 0.95, 0.98):
+        plan = index.search(fresh[:2], recall=asked).plan
+        assert recall(index, fresh, plan) >= asked
+        assert planned.proven()[plan] >= asked
+        ms.append(next(one.ms for one in planned.frontier if one.plan == plan))
+    assert ms == sorted(ms)
+    assert ms[0] < ms[-1]
+
+
+def test_what_is_behind_a_plan_that_failed_is_not_taken():
+    lowers = [("384@10", 1.0), ("128@10 > 384@10", 0.94), ("64@10 > 384@10", 0.96)]
+    told = {"tested": [{"plan": plan, "lower": lower} for plan, lower in lowers]}
+    assert planner.proven(told, 0.95) == Plan.parse("384@10")
+    assert planner.proven(told, 0.93) == Plan.parse("64@10 > 384@10")
+    assert planner.proven({}, 0.1) is None
+
+
+def test_a_recall_that_was_not_proven_is_refused_with_what_to_type(stored, fresh, tmp_path):
+    index, _ = stored
+    with pytest.raises(PlanError, match=r"only up to 0\.99.*index\.plan\(recall=0\.9999\)"):
+        index.search(fresh[:1], recall=0.9999)
+    with pytest.raises(PlanError, match=r"recall@10 was certified, and 3 .*recall=0\.9, k=3"):
+        index.search(fresh[:1], 3, recall=0.9)
+    with pytest.raises(PlanError, match="give one of them"):
+        index.search(fresh[:1], recall=0.9, dims=16)
+    with pytest.raises(DataError, match="share"):
+        index.search(fresh[:1], recall=1.1)
+    bare = Index.create(tmp_path / "b", nv.Embeddings(rows(50, 0), SPACE), durability="process")
+    with pytest.raises(PlanError, match="no plan is stored"):
+        bare.search(fresh[:1], recall=0.9)
+    bare.set_plan("48@5")
+    with pytest.raises(PlanError, match="no plan is stored"):
+        bare.search(fresh[:1], recall=0.9)
+
+
+# --- nDCG -----------------------------------------------------------------------------------------
+
+
+def labelled(n, seed, *, noise=0.3):
+    """Rows, changed a little, as queries; each is relevant to the row it was, and to one more."""
+    rng = np.random.default_rng(seed)
+    gallery = rows(6000, 0)
+    at = rng.choice(6000, n, replace=False)
+    asked = normalise(gallery[at] + noise * rng.normal(size=(n, DIM)).astype(np.float32) / 7)
+    second = top_k(gallery[at], gallery, 12)[0][:, 5]
+    ids = [f"q{row}" for row in range(n)]
+    grades = zip(at.tolist(), second.tolist(), strict=True)
+    qrels = {id_: {str(one): 2, str(two): 1} for id_, (one, two) in zip(ids, grades, strict=True)}
+    return nv.Embeddings(asked, SPACE, ids=ids), qrels
+
+
+def test_the_cheapest_plan_by_ndcg_loses_no_more_on_fresh_queries(index):
+    pytest.importorskip("ir_measures")
+    queries, qrels = labelled(1000, 3)
+    found = index.plan(queries, qrels=qrels, ndcg_loss=0.02, keep=False)
+    assert 0.3 < found.ndcg_exact < 1
+    assert found.losses[0].upper <= 0.02
+    assert f"{found.ndcg_exact:.4f}"[:5] in found.table()
+    assert "nDCG@10 is at most 0.02 below" in found.sentence
+
+    fresh, wanted = labelled(2000, 4)
+
+    def ndcg(plan):
+        ids = [[str(one) for one in line] for line in index.search(fresh, 10, plan=plan).ids]
+        return per_query(ids, fresh.ids.tolist(), wanted, ["nDCG@10"])["nDCG@10"].mean()
+
+    assert ndcg(found.plan) >= ndcg("48@10") - 0.02
+    sure = index.plan(queries, recall=0.99, keep=False)
+    cost = {one.plan: one.ms for one in (*sure.frontier, *found.frontier)}
+    assert cost[found.plan] < cost[sure.plan]
+
+
+def test_a_loss_of_nothing_is_not_certified(index):
+    pytest.importorskip("ir_measures")
+    queries, qrels = labelled(100, 3)
+    found = index.plan(queries, qrels=qrels, ndcg_loss=1e-9, structures=["exact"], keep=False)
+    assert found.plan is None
+    assert "cannot be certified" in found.sentence or "out of reach" in found.sentence
+
+
+def test_labels_must_be_of_these_queries(index):
+    queries, qrels = labelled(100, 3)
+    with pytest.raises(DataError, match="begin with 'q0', those of the qrels with 'x'"):
+        index.plan(queries, qrels={"x": {"1": 1}}, ndcg_loss=0.01)
+    with pytest.raises(DataError, match="Embeddings with ids"):
+        index.plan(queries.array, qrels=qrels, ndcg_loss=0.01)
+    with pytest.raises(DataError, match="needs the qrels"):
+        index.plan(queries, ndcg_loss=0.01)
+    with pytest.raises(DataError, match="in place of recall"):
+        index.plan(queries, qrels=qrels, ndcg_loss=0.01, recall=0.9)
+
+
+# --- what else ------------------------------------------------------------------------------------
 
 
 def test_gallery_rows_stand_in_for_queries_and_do_not_find_themselves(index):

@@ -83,6 +83,7 @@ class Indexed:
         path: Path,
         plan: str | None,
         dims: int | None,
+        recall: float | None,
         k: int | None,
         filter: str | None,
         columns: list[str] | None,
@@ -90,7 +91,13 @@ class Indexed:
     ) -> None:
         self._index = open_index(path)
         self.space = self._index.space
-        self._how: dict[str, Any] = {"k": k, "plan": plan, "dims": dims, "filter": filter}
+        self._how: dict[str, Any] = {
+            "k": k,
+            "plan": plan,
+            "dims": dims,
+            "recall": recall,
+            "filter": filter,
+        }
         self._columns, self._explain = columns or None, explain
 
     def read(self, queries: Path, model_name: str | None) -> Embeddings:

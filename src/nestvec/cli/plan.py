@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,6 +24,8 @@ Examples:
   nestvec plan docs.nest --ms 0.5 --plot plans.svg          (gallery rows stand in for queries)
 
   nestvec plan docs.nest --recall 0.95 --bytes 200 --structures exact,lists
+
+  nestvec plan docs.nest --queries asks.safetensors --qrels qrels.tsv --ndcg-loss 0.005
 """
 
 _PLOTS = (".png", ".svg", ".pdf")
@@ -56,6 +58,20 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Relevant documents of the queries (TREC or BEIR .tsv); nDCG is measured then.",
+            show_default=False,
+        ),
+    ] = None,
+    ndcg_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --recall: how far nDCG may fall below exact full-size search.",
+            show_default=False,
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Answers a query.")] = 10,
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
     structures: Annotated[
@@ -77,12 +93,23 @@ def plan(
     """Find the cheapest plan for a budget, certify and store it; exit code 1 if there is none."""
     if plot is not None:
         _check_plot(plot)
+    if qrels is not None and queries is None:
+        fail("--qrels says what --queries look for: give both.")
+    if ndcg_loss is not None and (qrels is None or recall is not None):
+        fail("--ndcg-loss needs --qrels, and stands in place of --recall.")
     opened = open_index(index)
     asked = None if queries is None else read_queries(queries, opened.space, model_name)
-    some = {} if structures is None else {"structures": structures.replace(",", " ").split()}
+    some: dict[str, Any] = {}
+    if structures is not None:
+        some["structures"] = structures.replace(",", " ").split()
+    if qrels is not None:
+        from nestvec.corpus import read_qrels
+
+        some["qrels"] = read_qrels(qrels)
     found = opened.plan(
         asked,
         recall=recall,
+        ndcg_loss=ndcg_loss,
         ms=ms,
         resident_bytes=bytes,
         k=k,
@@ -111,7 +138,10 @@ def plan(
 def _table(found: Planned) -> Table:
     proven = found.proven()
     table = Table(box=None)
-    for name in (f"recall@{found.k}", "proven", "ms", "bytes"):
+    quality = [f"recall@{found.k}", "proven"]
+    if any(one.ndcg is not None for one in found.frontier):
+        quality.append(f"nDCG@{found.k}")
+    for name in (*quality, "ms", "bytes"):
         table.add_column(name, justify="right")
     table.add_column("plan", overflow="fold")
     for one in found.frontier:
@@ -119,6 +149,7 @@ def _table(found: Planned) -> Table:
         table.add_row(
             f"{one.recall:.4f}",
             f"{proven[one.plan]:.4f}" if one.plan in proven else "",
+            *([] if one.ndcg is None else [f"{one.ndcg:.4f}"]),
             f"{one.ms:.3g}",
             f"{one.resident_bytes:,.0f}",
             f"{one.plan}{'  <-' if is_chosen else ''}",

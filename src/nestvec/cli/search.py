@@ -61,6 +61,13 @@ def search(
         int | None,
         typer.Option(help="Score every row at this size, instead of --plan.", show_default=False),
     ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Index: the cheapest plan that nestvec plan certified for this recall.",
+            show_default=False,
+        ),
+    ] = None,
     k: Annotated[
         int | None,
         typer.Option("-k", min=1, help="Answers a query.", show_default="the plan's, or 10"),
@@ -116,15 +123,19 @@ def search(
     """Search an index or a file of vectors: cheap first, then exact."""
     if plan is not None and dims is not None:
         fail("--plan and --dims say the same thing twice: leave out one.")
+    if recall is not None and (plan is not None or dims is not None):
+        fail("--recall finds the plan itself: leave out --plan and --dims.")
     if queries is not None and query is not None:
         fail("give words or --queries, not both.")
     if is_index(gallery):
         if texts is not None:
             fail("--texts is for files; of an index, name columns to print with --column.")
-        found = Indexed(gallery, plan, dims, k, filter, column, explain)
+        found = Indexed(gallery, plan, dims, recall, k, filter, column, explain)
     else:
         if filter is not None:
             fail(f"--filter is for an index, and {gallery} is a file.")
+        if recall is not None:
+            fail(f"--recall is for an index, whose plans are certified, and {gallery} is a file.")
         if column and (texts is None or len(column) > 1):
             fail("--column is for a file the one column of --texts that holds the text.")
         bodies = _texts_of(texts, column[0] if column else None)

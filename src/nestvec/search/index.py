@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ class Index:
         self._lock = threading.RLock()
         self._view: View | None = None
         self._plan_path = str(self.path / _PLAN)
-        self._plan_known: tuple[Any, Plan | None] = (None, None)
+        self._plan_known: tuple[Any, Plan | None, dict[str, Any]] = (None, None, {})
         # Lance refuses to read a dataset object that another thread writes with, so writes have
         # a store of their own.
         self._writing = threading.Lock()
@@ -273,6 +273,7 @@ class Index:
         *,
         plan: Plan | Cascade | str | None = None,
         dims: int | None = None,
+        recall: float | int | None = None,
         filter: str | None = None,
         columns: Iterable[str] | None = None,
         threads: int | None = None,
@@ -291,6 +292,9 @@ class Index:
             (`set_plan`), else every row is scored at full size.
         dims
             Score every row at this prefix size instead.
+        recall
+            Run the cheapest plan that was certified for this recall when the stored plan was made
+            (at its confidence, for all rows alike: a filter may find more or less).
         filter
             SQL condition on id and payload: ``"year >= 2020 AND lang = 'de'"``.
         columns
@@ -303,12 +307,12 @@ class Index:
         SpaceMismatchError
             If the queries are of another Space.
         PlanError
-            If the plan does not fit the index.
+            If the plan does not fit the index, or none was certified for ``recall``.
         DataError
             If queries, filter or columns do not fit.
         """
         asked = self._queries(queries)
-        chosen = self._chosen(plan, dims, k)
+        chosen = self._chosen(plan, dims, k, recall)
         view, found = self._healed(lambda view: self._run(chosen, asked, view, filter, threads))
         ids = view.ids(found.rows)
         hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
@@ -326,24 +330,27 @@ class Index:
         except FileNotFoundError:
             return None
         stamp = there.st_ino, there.st_mtime_ns, there.st_size
-        seen, plan = self._plan_known
+        seen, plan, _ = self._plan_known
         if seen != stamp:
             try:
-                plan = Plan.parse(json.loads((self.path / _PLAN).read_text("utf-8"))["plan"])
+                about = json.loads((self.path / _PLAN).read_text("utf-8"))
+                plan = Plan.parse(about["plan"])
             except FileNotFoundError:
                 return None
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise FileFormatError(
                     f"{self.path / _PLAN} cannot be read ({error}). Remove it, or plan again."
                 ) from error
-            self._plan_known = stamp, plan
+            self._plan_known = stamp, plan, about
         return plan
 
     def plan(
         self,
         queries: Embeddings | ArrayLike | None = None,
         *,
+        qrels: Mapping[str, Mapping[str, int]] | None = None,
         recall: float | int | None = None,
+        ndcg_loss: float | int | None = None,
         ms: float | int | None = None,
         resident_bytes: float | int | None = None,
         k: int = 10,
@@ -361,9 +368,16 @@ class Index:
             The more like those to come the better. Half of them choose the plan, the others, which
             took no part in that, certify it. By default rows of the gallery stand in, each passing
             over itself, and the certificate is for queries like them.
+        qrels
+            Relevant documents of each query, ``{query id: {document id: grade}}``, grades above 0;
+            the queries are Embeddings with ids. nDCG@k is measured then, beside recall, with the
+            queries that have a relevant document.
         recall
             Share of the ``k`` exact full-size neighbours to find, of each query on average, with
             ``confidence``; the cheapest plan that does is taken. 0.99 if no budget is given.
+        ndcg_loss
+            In place of ``recall``: how far nDCG@k by ``qrels`` may fall below that of exact
+            full-size search, on average, like 0.005.
         ms
             Milliseconds a query may take on one thread; the plan of most recall within it.
         resident_bytes
@@ -381,12 +395,23 @@ class Index:
             Its ``plan`` is None if no plan was certified; ``sentence`` says why, and what could
             be. Nothing is stored then.
         """
-        if recall is None and ms is None and resident_bytes is None:
+        if recall is None and ndcg_loss is None and ms is None and resident_bytes is None:
             recall = 0.99
-        for name, value, most in (("recall", recall, 1.0), ("confidence", confidence, 1.0)):
+        if ndcg_loss is not None and (qrels is None or recall is not None):
+            raise DataError(
+                "ndcg_loss needs the qrels that it is measured by, and stands in place of recall."
+            )
+        for name, value, most in (
+            ("recall", recall, 1.0),
+            ("confidence", confidence, 1.0),
+            ("ndcg_loss", ndcg_loss, 1.0),
+        ):
             if value is not None and not 0 < value <= most:
                 raise DataError(f"{name} {value} is a share: above 0, at most 1.")
         view = self._seen()
+        labels = None
+        if qrels is not None:
+            queries, labels = _judged(queries, qrels)
         asked = None if queries is None else self._queries(queries)
         if view.n_fresh > view.everyone.n_derived:  # it would be planned for the fewer
             self._renewed(view)
@@ -394,11 +419,18 @@ class Index:
         def find(view: View) -> Planned:
             try:
                 drawn = trials.draw(
-                    view, asked, k=k, n=n_queries, seed=seed, show_progress=self.show_progress
+                    view,
+                    asked,
+                    k=k,
+                    n=n_queries,
+                    seed=seed,
+                    labels=labels,
+                    show_progress=self.show_progress,
                 )
                 return planner.find(
                     *drawn.halves(),
                     recall=None if recall is None else float(recall),
+                    ndcg_loss=None if ndcg_loss is None else float(ndcg_loss),
                     ms=None if ms is None else float(ms),
                     resident_bytes=None if resident_bytes is None else float(resident_bytes),
                     structures=_known(structures),
@@ -521,15 +553,37 @@ class Index:
         mask = view.everyone if filter is None else view.matching(filter)
         return engine.run(plan, asked, view, mask, threads=threads)
 
-    def _chosen(self, plan: Any, dims: int | None, k: int | None) -> Plan:
-        if plan is not None and dims is not None:
-            raise PlanError("plan and dims say the same thing twice: leave out one of them.")
+    def _chosen(self, plan: Any, dims: int | None, k: int | None, recall: Any = None) -> Plan:
+        if (plan is not None) + (dims is not None) + (recall is not None) > 1:
+            raise PlanError("plan, dims and recall each say what to run: give one of them.")
+        if recall is not None:
+            return self._proven(float(recall), k)
         if dims is not None:
             return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
         chosen = _as_plan(plan) if plan is not None else self.plan_stored
         if chosen is None:
             chosen = Plan(Cascade([Stage(self.space.size, 10 if k is None else k)]))
         return chosen if k is None else _returning(chosen, k)
+
+    def _proven(self, recall: float, k: int | None) -> Plan:
+        """Return the cheapest stored plan that was certified for a recall."""
+        if not 0 < recall <= 1:
+            raise DataError(f"recall {recall} is a share: above 0, at most 1.")
+        _, _, stored = self._plan_known if self.plan_stored is not None else (None, None, {})
+        plan = planner.proven(stored, recall)
+        if plan is not None and k in (None, stored["k"]):
+            return plan
+        asked = "" if k in (None, 10) else f", k={k}"
+        if plan is not None:
+            said = f"recall@{stored['k']} was certified, and {k} answers are asked for"
+        elif bounds := [one["lower"] for one in stored.get("tested", ())]:
+            said = f"no stored plan was certified for recall {recall:g}, only up to {bounds[0]:.4f}"
+        else:
+            said = f"no plan is stored that was certified for recall {recall:g}"
+        raise PlanError(
+            f"{self.path}: {said}. Certify one: index.plan(recall={recall:g}{asked}), or nestvec "
+            f"plan {self.path} --recall {recall:g}{asked.replace(', k=', ' -k ')}."
+        )
 
     def _refreshed(self) -> None:
         with self._lock:
@@ -623,6 +677,21 @@ def _batches(rows: Any, ids: Any, payload: Any) -> Any:
     if ids is None and payload is None and not isinstance(rows, np.ndarray):
         return rows
     return Batch(rows, ids, payload)
+
+
+def _judged(queries: Any, qrels: Mapping[str, Mapping[str, int]]) -> tuple[Embeddings, list[Any]]:
+    """Return the queries that have a relevant document, and the grades of each."""
+    if not isinstance(queries, Embeddings) or queries.ids is None:
+        raise DataError("qrels name queries by their ids: give the queries as Embeddings with ids.")
+    labels = [qrels.get(str(one), {}) for one in queries.ids.tolist()]
+    rows = [row for row, grades in enumerate(labels) if any(g > 0 for g in grades.values())]
+    if not rows:
+        raise DataError(
+            f"qrels name no relevant document for any of the {len(queries):,} queries. Their ids "
+            f"begin with {str(queries.ids[0])!r}, those of the qrels with "
+            f"{next(iter(qrels), None)!r}."
+        )
+    return queries[np.array(rows)], [labels[row] for row in rows]
 
 
 def _as_plan(plan: Plan | Cascade | str) -> Plan:

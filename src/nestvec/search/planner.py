@@ -7,8 +7,9 @@ for the mean over queries like them (`certificate`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,29 @@ from nestvec.search.trials import Trials
 from nestvec.search.view import View
 
 _GROWTH = 1.3  # between neighbouring widths of a structure: the step a plan can be too dear by
-_KEEPS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # shortlists, in multiples of k
+_FINER = 1.14  # and near the target
+_KEEPS = (
+    1,
+    1.2,
+    1.5,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+)  # shortlists, in multiples of k
 _SHORTEST = 32  # dims of a prefix that makes a shortlist
 _SCANNABLE = 200_000  # rows above which scanning them all is not tried
+_ALL = 0.9999  # recall beyond which nothing is gained
+_PROVEN_FROM = 0.8  # recall that may be asked of one search; plans down to it are tested
 _MOST_TESTED = 48
 _LEAST = 10  # queries to choose by, and to certify with
 
@@ -33,13 +54,23 @@ class Measured:
     """What one plan does on the choosing queries.
 
     ``recall`` of exact full-size neighbours, ``ms`` a query on one thread, ``resident_bytes`` a
-    vector that stay in memory (full vectors are read from disk).
+    vector that stay in memory (full vectors are read from disk), ``ndcg`` where labels are given.
     """
 
     plan: Plan
     recall: float
     ms: float
     resident_bytes: float
+    ndcg: float | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a plan loses in nDCG against exact full-size search: the mean, and at most how much."""
+
+    n: int
+    mean: float
+    upper: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,8 +83,14 @@ class Planned:
         The cheapest certified plan, or None.
     frontier
         Plans that no other beats in both recall and time, cheapest first.
+    tested
+        Those of them that were tested on the certifying queries, safest first.
     certificate
-        The bounds on the certifying queries, safest plan first; None without a recall target.
+        The bounds of their recall, down to where none would be asked for; ``n_held`` of them hold
+        the target. None where nothing was tested.
+    losses
+        The bounds of what they lose in nDCG, up to the first that fails; ``ndcg_exact`` is what
+        exact full-size search has on the choosing queries. Without a budget for it, nothing.
     k, n_choosing, n_certifying
     gallery_like
         Whether rows of the gallery stood in for queries.
@@ -65,6 +102,9 @@ class Planned:
     frontier: tuple[Measured, ...]
     tested: tuple[Measured, ...] = ()
     certificate: certificate.Certificate | None = None
+    losses: tuple[Loss, ...] = ()
+    ndcg_exact: float | None = None
+    confidence: float = 0.95
     k: int = 10
     n_choosing: int = 0
     n_certifying: int = 0
@@ -85,12 +125,14 @@ class Planned:
         queries.
         """
         proven = self.proven()
-        lines = [f"  {'recall':>7}{'proven':>8}{'ms':>9}{'bytes':>8}  plan"]
+        ndcg = f"{'nDCG':>8}" if self.ndcg_exact is not None else ""
+        lines = [f"  {'recall':>7}{'proven':>8}{ndcg}{'ms':>9}{'bytes':>8}  plan"]
         for one in self.frontier:
             mark = ">" if one.plan == self.plan else " "
             low = f"{proven[one.plan]:.4f}" if one.plan in proven else ""
+            ndcg = "" if one.ndcg is None else f"{one.ndcg:8.4f}"
             cost = f"{one.ms:9.3g}{one.resident_bytes:8.0f}"
-            lines.append(f"{mark} {one.recall:7.4f}{low:>8}{cost}  {one.plan}")
+            lines.append(f"{mark} {one.recall:7.4f}{low:>8}{ndcg}{cost}  {one.plan}")
         return "\n".join(lines)
 
     def proven(self) -> dict[Plan, float]:
@@ -107,6 +149,7 @@ def find(
     recall: float | None,
     ms: float | None,
     resident_bytes: float | None,
+    ndcg_loss: float | None = None,
     structures: Iterable[str],
     confidence: float,
     seed: int,
@@ -121,14 +164,19 @@ def find(
             f"with: give 200 or more."
         )
     measured = _measure(choosing, list(structures), resident_bytes, show_progress)
+    if recall is not None:
+        measured += _finer(choosing, _frontier(measured), recall)
     frontier = _frontier(measured)
-    budget = {"recall": recall, "ms": ms, "bytes": resident_bytes}
+    if choosing.labels is not None:
+        frontier = [replace(one, ndcg=float(choosing.ndcg(one.plan).mean())) for one in frontier]
+    budget = {"recall": recall, "ndcg_loss": ndcg_loss, "ms": ms, "bytes": resident_bytes}
     common: dict[str, Any] = {
         "frontier": tuple(frontier),
         "k": k,
         "n_choosing": len(choosing),
         "n_certifying": len(certifying),
         "gallery_like": gallery_like,
+        "confidence": confidence,
         "budget": {name: value for name, value in budget.items() if value is not None},
     }
     affordable = [one for one in frontier if ms is None or one.ms <= ms]
@@ -140,33 +188,110 @@ def find(
             else "No structure fits the budget of bytes."
         )
         return Planned(None, sentence=said, **common)
+    if ndcg_loss is not None:
+        common["ndcg_exact"] = float(choosing.ndcg(_exact(choosing)).mean())
+        tested = _hopeful(affordable, common["ndcg_exact"] - ndcg_loss)
+    else:
+        tested = _to_test(affordable, recall)
+    proof = _proof(certifying, tested, recall, confidence, seed)
+    common |= {"tested": tuple(tested), "certificate": proof}
+    if ndcg_loss is not None:
+        return _by_ndcg(certifying, affordable, tested, ndcg_loss, confidence, seed, common)
     if recall is None:
         best = affordable[-1]
-        tested = [best]
-        bound = certificate.lower_bound(certifying.recall(best.plan), confidence=confidence)
+        lower = certificate.lower_bound(
+            certifying.recall(best.plan), confidence=confidence, seed=seed
+        )
         said = (
-            f"{best.plan}: {best.ms:.3g} ms a query, {best.resident_bytes:.0f} bytes a vector; "
-            f"recall@{k} is at least {bound:.3f} with {confidence:.0%} confidence"
+            f"{_costs(best)}; recall@{k} is at least {lower:.3f} with {confidence:.0%} confidence"
             f"{_of_whom(gallery_like)}."
         )
-        return Planned(best.plan, tested=tuple(tested), sentence=said, **common)
-    tested = _to_test(affordable, recall)
-    proof = certificate.certify(
-        (certifying.recall(one.plan) for one in tested), recall, confidence=confidence, seed=seed
-    )
-    if not proof.n_held:
-        said = _cannot(affordable, tested, proof, k, confidence)
-        return Planned(None, tested=tuple(tested), certificate=proof, sentence=said, **common)
-    held = [one for one, _ in zip(tested, range(proof.n_held), strict=False)]
-    best = min(held, key=lambda one: one.ms)
-    bound = proof.bounds[held.index(best)]
+        return Planned(best.plan, sentence=said, **common)
+    if proof is None or not proof.n_held:
+        return Planned(None, sentence=_cannot(affordable, tested, proof, recall, common), **common)
+    best, bound = tested[proof.n_held - 1], proof.bounds[proof.n_held - 1]
     said = (
-        f"{best.plan}: {best.ms:.3g} ms a query, {best.resident_bytes:.0f} bytes a vector in "
-        f"memory; recall@{k} is at least {recall:g} with {confidence:.0%} confidence"
+        f"{_costs(best)}; recall@{k} is at least {recall:g} with {confidence:.0%} confidence"
         f"{_of_whom(gallery_like)} (measured {bound.mean:.4f} on {bound.n:,} queries that took "
         f"no part in choosing)."
     )
-    return Planned(best.plan, tested=tuple(tested), certificate=proof, sentence=said, **common)
+    return Planned(best.plan, sentence=said, **common)
+
+
+def proven(stored: Mapping[str, Any], recall: float) -> Plan | None:
+    """Return the cheapest plan that was certified for a recall, of what `as_json` told.
+
+    The plans were put in order by other queries than those that tested them, so testing them for
+    any one recall, from the safest to the first that fails, is a certificate of that recall.
+    """
+    held = itertools.takewhile(lambda one: one["lower"] >= recall, stored.get("tested", ()))
+    texts = [one["plan"] for one in held]
+    return Plan.parse(texts[-1]) if texts else None
+
+
+def _exact(trials: Trials) -> Plan:
+    return Plan(Cascade([Stage(trials.full, trials.k)]))
+
+
+def _proof(
+    certifying: Trials,
+    tested: Sequence[Measured],
+    recall: float | None,
+    confidence: float,
+    seed: int,
+) -> certificate.Certificate | None:
+    """Return the bounds of all that are tested, and how many of them hold."""
+    if not tested:
+        return None
+    floor = min(recall or 1, _PROVEN_FROM)
+    values = (certifying.recall(one.plan) for one in tested)
+    proof = certificate.certify(values, floor, confidence=confidence, seed=seed)
+    if recall is None:
+        return proof
+    held = itertools.takewhile(lambda bound: bound.lower >= recall, proof.bounds)
+    return replace(proof, target=recall, n_held=len([*held]))
+
+
+def _by_ndcg(
+    certifying: Trials,
+    affordable: Sequence[Measured],
+    tested: Sequence[Measured],
+    most: float,
+    confidence: float,
+    seed: int,
+    common: dict[str, Any],
+) -> Planned:
+    """Certify by the mean difference of nDCG, query by query, to exact full-size search."""
+    name, wanted = f"nDCG@{certifying.k}", certifying.ndcg(_exact(certifying))
+    if not tested:
+        best = max(affordable, key=lambda one: one.ndcg or 0)
+        said = (
+            f"a loss of {most:g} in {name} is out of reach within the budget: the best plan, "
+            f"{best.plan}, has {best.ndcg:.4f}, and exact search {common['ndcg_exact']:.4f}."
+        )
+        return Planned(None, sentence=said, **common)
+    # A difference is in [-1, 1]; the bound is for values in [0, 1].
+    values = ((1 + certifying.ndcg(one.plan) - wanted) / 2 for one in tested)
+    proof = certificate.certify(values, (1 - most) / 2, confidence=confidence, seed=seed)
+    losses = tuple(Loss(b.n, 1 - 2 * b.mean, 1 - 2 * b.lower) for b in proof.bounds)
+    if not proof.n_held:
+        said = (
+            f"a loss of {most:g} in {name} cannot be certified with {losses[0].n:,} queries: "
+            f"{tested[0].plan} loses {losses[0].mean:.4f} on them, which proves "
+            f"{losses[0].upper:.4f}. Give more queries, or allow more."
+        )
+        return Planned(None, sentence=said, losses=losses, **common)
+    best, loss = tested[proof.n_held - 1], losses[proof.n_held - 1]
+    said = (
+        f"{_costs(best)}; {name} is at most {most:g} below that of exact full-size search with "
+        f"{confidence:.0%} confidence (measured {loss.mean:+.4f} on {loss.n:,} queries that took "
+        f"no part in choosing)."
+    )
+    return Planned(best.plan, sentence=said, losses=losses, **common)
+
+
+def _costs(one: Measured) -> str:
+    return f"{one.plan}: {one.ms:.3g} ms a query, {one.resident_bytes:.0f} bytes a vector in memory"
 
 
 def _of_whom(gallery_like: bool) -> str:
@@ -176,22 +301,22 @@ def _of_whom(gallery_like: bool) -> str:
 def _cannot(
     affordable: Sequence[Measured],
     tested: Sequence[Measured],
-    proof: certificate.Certificate,
-    k: int,
-    confidence: float,
+    proof: certificate.Certificate | None,
+    recall: float,
+    common: Mapping[str, Any],
 ) -> str:
-    best = affordable[-1]
-    if not tested or best.recall < proof.target:
+    best, k = affordable[-1], common["k"]
+    if proof is None or best.recall < recall:
         return (
-            f"recall@{k} {proof.target:g} is out of reach within the budget: the best plan, "
+            f"recall@{k} {recall:g} is out of reach within the budget: the best plan, "
             f"{best.plan}, has {best.recall:.4f} at {best.ms:.3g} ms."
         )
     bound = proof.bounds[0]
     spread = bound.mean * (1 - bound.mean) / k
-    needed = certificate.n_needed(bound.mean, spread, proof.target, confidence=confidence)
+    needed = certificate.n_needed(bound.mean, spread, recall, confidence=common["confidence"])
     more = f" About {max(needed, bound.n + 1):,} would do." if needed else ""
     return (
-        f"recall@{k} {proof.target:g} cannot be certified with {bound.n:,} queries: "
+        f"recall@{k} {recall:g} cannot be certified with {bound.n:,} queries: "
         f"{tested[0].plan} has {bound.mean:.4f} on them, which proves {bound.lower:.4f}.{more}"
     )
 
@@ -207,55 +332,87 @@ def _measure(
 ) -> list[Measured]:
     n, full = len(trials.view.generation), trials.full
     dims = sorted({d for d in (32, 64, 128, 256, 512, 1024) if _SHORTEST <= d < full} | {full})
-    tries: list[tuple[str, str | None, int]] = []  # structure, knob, dim
+    kinds = []
     for name in structures:
         if name == "exact" and n > _SCANNABLE:
             continue
-        knob = next(iter(engine.STRUCTURES[name]), None)
-        tries += [(name, knob, dim) for dim in dims if name != "graph" or dim * 4 >= full]
-    found = []
-    with progress("plans", len(tries), show=show_progress, unit="kinds") as advance:
-        for name, knob, dim in tries:
+        kinds += [(name, dim) for dim in dims if name != "graph" or dim * 4 >= full]
+    # The quick and sure ones first: they tell when others need not be wider.
+    kinds.sort(key=lambda kind: (kind[0] == "lists", -kind[1]))
+    found: list[Measured] = []
+    with progress("plans", len(kinds), show=show_progress, unit="kinds") as advance:
+        for name, dim in kinds:
             held = _resident(trials.view, name, dim)
             if resident_bytes is None or held <= resident_bytes:
-                found += _widths(trials, name, knob, dim, held)
+                enough = min((one.ms for one in found if one.recall >= _ALL), default=np.inf)
+                found += _widths(trials, name, dim, held, enough)
             advance(1)
     return found
 
 
-def _widths(trials: Trials, name: str, knob: str | None, dim: int, held: float) -> list[Measured]:
+def _widths(trials: Trials, name: str, dim: int, held: float, enough: float) -> list[Measured]:
     """Measure one structure on codes of one size, wider and wider until nothing is gained."""
-    generation, k = trials.view.generation, trials.k
-    n = len(generation)
-    most = {"graph": min(n, 2000), "lists": 0, "exact": 1}[name]
-    if name == "lists":
-        most = generation.lists().n_lists
+    k, most = trials.k, _widest(trials, name)
     width = {"graph": k, "lists": 1, "exact": 1}[name]
     found: list[Measured] = []
     before = -1.0
     while True:
-        keeps = sorted({min(n, round(k * keep)) for keep in _KEEPS})
-        if name == "graph":
-            keeps = [keep for keep in keeps if keep <= width]
-        longest = max(keeps)
-        knobs = {} if knob is None else {knob: width}
-
-        def plan(keep: int, name: str = name, knobs: dict[str, int] = knobs) -> Plan:
-            return Plan(Cascade([Stage(dim, keep, "int8"), Stage(trials.full, k)]), name, knobs)
-
-        walk = trials.walk(plan(longest), longest)
-        for keep in keeps:
-            recall = float((walk.places < keep).mean())
-            ms = walk.ms + keep * trials.ms_per_row
-            found.append(Measured(plan(keep), recall, ms, held))
-        best = found[-1].recall
+        found += _at_width(trials, name, dim, width, held)
+        best = found[-1]
         if (
             width >= most
-            or best >= 0.9999
-            or (best - before < 1e-4 and best > 0.9 and width > 8 * k)
+            or best.recall >= _ALL
+            or found[-1].ms > enough  # another finds all by then
+            or (best.recall - before < 1e-4 and best.recall > 0.9 and width > 8 * k)
         ):
             return found
-        before, width = best, min(most, max(width + 1, round(width * _GROWTH)))
+        before, width = best.recall, min(most, max(width + 1, round(width * _GROWTH)))
+
+
+def _at_width(trials: Trials, name: str, dim: int, width: int, held: float) -> list[Measured]:
+    """Measure all shortlists that one walk can make."""
+    n, k = len(trials.view.generation), trials.k
+    keeps = sorted({min(n, round(k * keep)) for keep in _KEEPS})
+    if name == "graph":
+        keeps = [keep for keep in keeps if keep <= width]
+    knobs = {knob: width for knob in [*engine.STRUCTURES[name]][:1]}
+    plans = [
+        Plan(Cascade([Stage(dim, keep, "int8"), Stage(trials.full, k)]), name, knobs)
+        for keep in keeps
+    ]
+    walk = trials.walk(plans[-1], keeps[-1])
+    return [
+        Measured(plan, float((walk.places < keep).mean()), walk.ms + keep * trials.ms_per_row, held)
+        for plan, keep in zip(plans, keeps, strict=True)
+    ]
+
+
+def _finer(trials: Trials, frontier: Sequence[Measured], recall: float) -> list[Measured]:
+    """Measure between the widths of those plans that may be the cheapest to hold a recall."""
+    below = [one for one in frontier if one.recall < recall][-1:]
+    above = [one for one in frontier if recall <= one.recall <= 1 - (1 - recall) / 5]
+    found: list[Measured] = []
+    seen = {_kind(one) for one in frontier}
+    for one in [*below, *above]:
+        name, dim, width = _kind(one)
+        for finer in (round(width / _FINER), round(width * _FINER)):
+            kind = name, dim, finer
+            least = trials.k if name == "graph" else 1
+            if one.plan.knobs and kind not in seen and least <= finer <= _widest(trials, name):
+                seen.add(kind)
+                found += _at_width(trials, name, dim, finer, one.resident_bytes)
+    return found
+
+
+def _kind(one: Measured) -> tuple[str, int, int]:
+    width = next(iter(one.plan.knobs.values()), 1)
+    return one.plan.structure, one.plan.cascade.stages[0].dim, int(width)
+
+
+def _widest(trials: Trials, name: str) -> int:
+    if name == "lists":
+        return trials.view.generation.lists().n_lists
+    return min(len(trials.view.generation), 2000) if name == "graph" else 1
 
 
 def _resident(view: View, name: str, dim: int) -> float:
@@ -280,37 +437,59 @@ def _frontier(measured: Iterable[Measured]) -> list[Measured]:
     return kept
 
 
-def _to_test(frontier: Sequence[Measured], recall: float) -> list[Measured]:
-    """Return the plans to test, safest first: from the best there is down to the target."""
-    hopeful = [one for one in frontier if one.recall >= recall]
-    if len(hopeful) > _MOST_TESTED:  # the cheap ones all: they are what is wanted
-        far = np.linspace(_MOST_TESTED // 2, len(hopeful) - 1, _MOST_TESTED // 2).round()
-        hopeful = hopeful[: _MOST_TESTED // 2] + [hopeful[i] for i in np.unique(far.astype(int))]
-    return hopeful[::-1]
+def _to_test(frontier: Sequence[Measured], recall: float | None) -> list[Measured]:
+    """Return the plans to test, safest first: from the best there is down to the target, and on.
+
+    Those that miss the target are for searches that ask for less.
+    """
+    target = _PROVEN_FROM if recall is None else recall
+    hopeful = [one for one in frontier if one.recall >= target]
+    lesser = [one for one in frontier if _PROVEN_FROM <= one.recall < target]
+    return _thinned(hopeful, _MOST_TESTED) + _thinned(lesser, _MOST_TESTED // 3)
+
+
+def _hopeful(frontier: Sequence[Measured], ndcg: float) -> list[Measured]:
+    """Return the plans to test for an nDCG, safest first."""
+    some = [one for one in frontier if one.ndcg is not None and one.ndcg >= ndcg]
+    return _thinned(some, _MOST_TESTED)
+
+
+def _thinned(rising: Sequence[Measured], most: int) -> list[Measured]:
+    """Return at most so many, safest first; the cheap half all, they are what is wanted."""
+    if len(rising) <= most:
+        return [*rising][::-1]
+    near, far = rising[: most // 2], rising[most // 2 :]
+    some = np.unique(np.linspace(0, len(far) - 1, most - most // 2).round().astype(int))
+    return [*near, *(far[i] for i in some)][::-1]
 
 
 def as_json(found: Planned) -> dict[str, Any]:
     """Return what is stored beside the plan, and printed by ``--json``."""
+    bounds = found.certificate.bounds if found.certificate else ()
+    tested = [
+        {"plan": str(one.plan), "mean": bound.mean, "lower": bound.lower, "n": bound.n}
+        for one, bound in zip(found.tested, bounds, strict=False)
+    ]
+    for one, loss in zip(tested, found.losses, strict=False):
+        one["ndcg_loss"] = {"mean": loss.mean, "upper": loss.upper}
     return {
         "sentence": found.sentence,
         "budget": found.budget,
         "k": found.k,
+        "confidence": found.confidence,
         "n_choosing": found.n_choosing,
         "n_certifying": found.n_certifying,
         "gallery_like": found.gallery_like,
+        **({} if found.ndcg_exact is None else {"ndcg_exact": found.ndcg_exact}),
         "frontier": [
             {
                 "plan": str(one.plan),
                 "recall": one.recall,
+                **({} if one.ndcg is None else {"ndcg": one.ndcg}),
                 "ms": one.ms,
                 "resident_bytes": one.resident_bytes,
             }
             for one in found.frontier
         ],
-        "tested": [
-            {"plan": str(one.plan), "mean": bound.mean, "lower": bound.lower, "n": bound.n}
-            for one, bound in zip(
-                found.tested, found.certificate.bounds if found.certificate else (), strict=False
-            )
-        ],
+        "tested": tested,
     }
