@@ -458,6 +458,16 @@ def test_two_versions_within_a_tick_of_the_clock_are_two(store):
     assert reader.is_newer()
 
 
+def test_a_version_after_a_long_rest_is_seen(store):
+    reader, long_ago = Store.open(store.path), 10**18
+    os.utime(store.path / "record" / "_versions", ns=(long_ago, long_ago))
+    assert not reader.is_newer()
+    assert not reader.is_newer()  # by the folder's time alone
+    store.append(batch(["a"]))
+    assert reader.is_newer()
+    assert reader.is_newer()
+
+
 def test_asking_for_a_newer_version_takes_microseconds(store):
     def asked():
         begin = time.perf_counter()

@@ -191,6 +191,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "knobs", MappingProxyType(dict(self.knobs)))
+        # Every search looks its plan up, and to hash one takes as long as some searches do.
+        key = self.structure, self.cascade, frozenset(self.knobs.items())
+        object.__setattr__(self, "_hash", hash(key))
 
     def __str__(self) -> str:
         knobs = ", ".join(f"{name}={value}" for name, value in self.knobs.items())
@@ -200,7 +203,7 @@ class Plan:
         return f"Plan.parse({str(self)!r})"
 
     def __hash__(self) -> int:
-        return hash((self.structure, self.cascade, frozenset(self.knobs.items())))
+        return self._hash  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Plan.parse, (str(self),)  # a mapping proxy does not pickle

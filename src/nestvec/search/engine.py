@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from nestvec.errors import PlanError
 from nestvec.search import kernels
 from nestvec.search.cascade import Plan, Stage
 from nestvec.search.exact import top_k
+from nestvec.search.fused import Fused
 from nestvec.search.generation import Generation
 from nestvec.search.structures.codes import Codes
 from nestvec.search.view import Mask, View
@@ -37,8 +37,7 @@ _MET = 32  # rows that a walk meets for each it keeps
 _FEW = 4096  # rows that a filter leaves: each is scored, whatever the plan says
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
+class Found(NamedTuple):
     """Rows of the view (m, k) int64, best first, -1 where fewer were found; and scores.
 
     ``stages`` says what each stage did: its text, rows scored a query, milliseconds; ``shortlists``
@@ -96,7 +95,8 @@ def run(
 ) -> Found:
     """Run ``plan`` for queries (m, full dim) over the rows of ``mask``; raises `PlanError`."""
     last = plan.cascade.stages[-1]
-    _check_prefixes(queries, last.dim)
+    if last.dim < queries.shape[1]:
+        normalise(np.ascontiguousarray(queries[:, : last.dim]), name="queries")  # or say which not
     if mask.n_derived == 0:
         check(plan, view.generation)
         rows, scores = (
@@ -106,22 +106,19 @@ def run(
         shortlists, stages = (), ()
     else:
         work = _prepared(plan, view, mask)
-        parts = _in_threads(lambda some: work(some, mask), queries, threads)
-        rows, scores, shortlists, stages = parts[0] if len(parts) == 1 else _joined(parts)
+        if len(queries) < 2 * _LEAST_PER_THREAD:
+            rows, scores, shortlists, stages = work(queries, mask)
+        else:
+            parts = _in_threads(lambda some: work(some, mask), queries, threads)
+            rows, scores, shortlists, stages = parts[0] if len(parts) == 1 else _joined(parts)
     if view.n_fresh or rows.shape[1] < last.keep:
         rows, scores = _with_fresh(rows, scores, queries, view, mask, last)
-    else:
+    elif rows.dtype != np.int64:
         rows = rows.astype(np.int64)
-    missing = rows < 0
-    if np.count_nonzero(missing):
-        scores[missing] = np.nan
+    # Missing ones come last; one query asks in a tenth of the time.
+    if len(rows) and rows.shape[1] and (rows[-1, -1] < 0 or (len(rows) > 1 and rows.min() < 0)):
+        scores[rows < 0] = np.nan
     return Found(rows, scores, tuple(shortlists), tuple(stages))
-
-
-def _check_prefixes(queries: Queries, dim: int) -> None:
-    """Raise `DataError` for a query that has no direction at ``dim``."""
-    if dim < queries.shape[1]:
-        normalise(np.ascontiguousarray(queries[:, :dim]), name="queries")
 
 
 def _prepared(plan: Plan, view: View, mask: Mask) -> Callable[..., Any]:
@@ -196,6 +193,7 @@ class Planned:
         for stage in self.rest:  # loaded, or made, before threads start
             if stage.precision == "int8":
                 generation.codes(stage.dim)
+        self.fused = Fused(plan, self.knobs, generation) if Fused.fits(plan, generation) else None
         if plan.structure == "graph":
             self.graph, self.codes = generation.graph(), generation.codes(self.first.dim)
         elif plan.structure == "lists":
@@ -205,6 +203,8 @@ class Planned:
 
     def __call__(self, queries: Queries, mask: Mask) -> Any:
         """Return rows (m, keep), their scores, each stage's shortlists, and what each did."""
+        if self.fused is not None and not len(mask.derived):
+            return self.fused(queries)
         started = time.perf_counter()
         rows, scores, n_scored = self._first(queries, mask)
         said = [_said(self.first, n_scored, started)]

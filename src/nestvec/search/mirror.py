@@ -183,7 +183,7 @@ class Mirror:
         sums = self._sums[queries.shape[1]]
         bad = kernels.rerank(self._words, sums, queries, shortlists, scores, rows)
         if bad != kernels.NOTHING:
-            raise self._damaged(int(bad))
+            raise self.damaged(int(bad))
         return rows, scores
 
     def unit(
@@ -199,10 +199,15 @@ class Mirror:
         out = np.empty((len(words), dim or size), np.float32)
         bad = kernels.unit(words, sums, size, out)
         if bad != kernels.NOTHING:
-            raise self._damaged(int(np.arange(len(self))[rows][bad]))
+            raise self.damaged(int(np.arange(len(self))[rows][bad]))
         return out
 
-    def _damaged(self, row: int) -> sealed.Damaged:
+    def words(self, size: int) -> tuple[NDArray[Any], NDArray[np.uint32]]:
+        """Return the vectors as words, and the sums of each row's first ``size``."""
+        return self._words, self._sums[size]
+
+    def damaged(self, row: int) -> sealed.Damaged:
+        """Return what to raise for a row that is not as it was written."""
         return sealed.Damaged(f"row {row} of {self._file} has changed since it was written.")
 
     def unit_rows(self, start: int, end: int) -> NDArray[np.float32]:

@@ -18,13 +18,36 @@ to a multiple of 32 dims.
   not, else `NOTHING`.
 - ``unit(words, sums, size, out)``: rows, L2-normalised, into float32; cut to the width of ``out``,
   and compared with the sums of their first ``size`` words. Returns as ``rerank`` does.
+- ``walk_and_rerank``, ``scan_lists_and_rerank``: the same, one after the other, in one call; they
+  write the nanoseconds at which the stages began and ended into ``times`` (3,) int64.
 """
 
 from nestvec._extras import require
 
 require("numba", extra="index", why="searching an index")
 
-from nestvec.search.kernels._numba import fold, rerank, rescore, scan, scan_lists, unit, walk  # noqa: E402
+from nestvec.search.kernels._numba import (  # noqa: E402
+    fold,
+    rerank,
+    rescore,
+    scan,
+    scan_lists,
+    scan_lists_and_rerank,
+    unit,
+    walk,
+    walk_and_rerank,
+)
 from nestvec.search.kernels._numpy import NOTHING  # noqa: E402
 
-__all__ = ["NOTHING", "fold", "rerank", "rescore", "scan", "scan_lists", "unit", "walk"]
+__all__ = [
+    "NOTHING",
+    "fold",
+    "rerank",
+    "rescore",
+    "scan",
+    "scan_lists",
+    "scan_lists_and_rerank",
+    "unit",
+    "walk",
+    "walk_and_rerank",
+]

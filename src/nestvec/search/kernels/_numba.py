@@ -1,12 +1,14 @@
 """The kernels, compiled by numba: nogil and single-threaded; callers bring the threads.
 
 Every function here has a twin of the same name in `_numpy`, slow and obvious, which the tests hold
-it to. Scores are whole numbers, so both agree exactly; ties go to the lower row.
+it to; those that only call others have to find what the others do. Scores are whole numbers, so
+both agree exactly; ties go to the lower row.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,7 @@ _TILE_BYTES = 1 << 18  # codes that stay in a core's own cache
 _STAMPS = 1 << 16  # queries after which the marks of rows met are cleared
 _AHEAD = 4  # rows between asking for a vector and using it
 _SMALL = np.float32(1e-30)  # sums of squares that may have lost what is smaller
+_CLOCK = np.int32(time.CLOCK_MONOTONIC)
 _FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and Inf stay what they are
 
 
@@ -296,7 +299,7 @@ def _shift(typingctx: Any, array: Any, start: Any, end: Any) -> Any:
 
 
 @_compiled
-def _meet(links: Any, at: int, codes: Any, seen: Any, stamp: int, fresh: Any) -> int:
+def _meet(links: Any, at: int, codes: Any, seen: Any, stamp: int, fresh: Any) -> Any:
     """Collect the neighbours of a row that were not met yet, and ask for their codes."""
     n = 0
     for j in range(links.shape[1]):
@@ -476,6 +479,99 @@ def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, ro
             size = _offer(best, found, size, score, row)
         _finish(best, found, size)
     return NOTHING
+
+
+# Whole plans in one call, for a call from the interpreter costs as much as a short walk. They leave
+# behind when each stage ended, by the system's clock.
+
+_clock_gettime: Any = types.ExternalFunction(
+    "clock_gettime", types.int32(types.int32, types.CPointer(types.int64))
+)
+
+
+@_compiled
+def _note(times: Any, at: int) -> None:
+    """Write the nanoseconds of now to ``times[at]``."""
+    now = np.zeros(2, np.int64)  # seconds, and what is left of one
+    _clock_gettime(_CLOCK, now.ctypes)
+    times[at] = now[0] * 1_000_000_000 + now[1]
+
+
+@_compiled
+def walk_and_rerank(
+    links: Any,
+    upper: Any,
+    level_starts: Any,
+    upper_rows: Any,
+    down: Any,
+    codes: Any,
+    scale: Any,
+    words: Any,
+    sums: Any,
+    seen: Any,
+    clock: Any,
+    queries: Any,
+    walked: Any,
+    scores: Any,
+    rows: Any,
+    keep: int,
+    times: Any,
+) -> int:
+    _note(times, 0)
+    folded = np.empty((queries.shape[0], codes.shape[1]), np.int8)
+    walk_scores = np.empty(walked.shape, np.int32)
+    fold(queries, scale, folded)
+    walk(
+        links,
+        upper,
+        level_starts,
+        upper_rows,
+        down,
+        codes,
+        folded,
+        seen,
+        clock,
+        walk_scores,
+        walked,
+    )
+    _note(times, 1)
+    wrong = rerank(words, sums, queries, walked[:, :keep], scores, rows)
+    _note(times, 2)
+    return wrong
+
+
+@_compiled
+def scan_lists_and_rerank(
+    means: Any,
+    means_scale: Any,
+    starts: Any,
+    numbers: Any,
+    codes: Any,
+    scale: Any,
+    words: Any,
+    sums: Any,
+    queries: Any,
+    listed: Any,
+    scores: Any,
+    rows: Any,
+    n_probes: int,
+    times: Any,
+) -> int:
+    _note(times, 0)
+    n = queries.shape[0]
+    everyone = np.empty(0, np.bool_)
+    folded = np.empty((n, means.shape[1]), np.int8)
+    probe_scores, probes = np.empty((n, n_probes), np.int32), np.empty((n, n_probes), np.int32)
+    fold(queries, means_scale, folded)
+    scan(means, folded, everyone, probe_scores, probes)
+    folded = np.empty((n, codes.shape[1]), np.int8)
+    listed_scores = np.empty(listed.shape, np.int32)
+    fold(queries, scale, folded)
+    scan_lists(codes, starts, numbers, probes, folded, everyone, listed_scores, listed)
+    _note(times, 1)
+    wrong = rerank(words, sums, queries, listed, scores, rows)
+    _note(times, 2)
+    return wrong
 
 
 @_compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ lance = require("lance", extra="index", why="an index")
 optimize = require("lance.optimize", extra="index", why="an index")
 
 _DURABILITY = ("power", "process")
+_TICK_NS = 3_000_000_000  # of the coarsest clocks of file systems
 _CACHE_BYTES = 1 << 26  # Lance's own limits are gigabytes
 _FRAGMENT_ROWS = 1 << 18  # an upsert makes the keys of the fragments it touches be read again
 
@@ -74,7 +76,7 @@ class Store:
         self.durability = durability
         self.snapshot = snapshot
         self._versions = str(path / "record" / "_versions")
-        self._seen_ns = -1
+        self._seen_ns, self._settled = -1, False
 
     @classmethod
     def create(
@@ -187,17 +189,22 @@ class Store:
 
     def is_newer(self) -> bool:
         """Tell whether there is a newer version than the one seen; takes microseconds."""
-        seen = self.version
-        if os.path.exists(self.snapshot.next_manifest):  # noqa: PTH110
-            return True
-        # The next may be there no more, while one after it is. The folder's time alone would not
-        # do: two commits within a tick of the clock leave it the same.
+        seen, now_ns = self.version, time.time_ns()
         changed_ns = os.stat(self._versions).st_mtime_ns  # noqa: PTH116
+        # Two commits within a tick of the clock leave the folder's time the same, so it is an
+        # answer by itself only if it was old when nothing was found.
+        settled = now_ns - changed_ns > _TICK_NS
         if changed_ns == self._seen_ns:
-            return False
+            if self._settled:
+                return False
+            if os.path.exists(self.snapshot.next_manifest):  # noqa: PTH110
+                return True
+            if not settled:
+                return False
+        # The next may be there no more, while one after it is.
         newer = self.snapshot.dataset.latest_version > seen
         if not newer:
-            self._seen_ns = changed_ns
+            self._seen_ns, self._settled = changed_ns, settled
         return newer
 
     def refresh(self) -> bool:

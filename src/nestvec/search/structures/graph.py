@@ -103,7 +103,10 @@ class Graph:
 
     def __init__(self, arrays: Arrays) -> None:
         self.links = arrays["links"]
-        self._rest = tuple(arrays[n] for n in ("upper", "level_starts", "upper_rows", "down"))
+        #: What a walk reads, in the order of the kernel's arguments.
+        self.arrays = tuple(
+            arrays[n] for n in ("links", "upper", "level_starts", "upper_rows", "down")
+        )
         # Which rows a walk met, and a count of walks: as many as threads search at once.
         self._scratches: list[tuple[NDArray[np.uint16], NDArray[np.int64]]] = []
 
@@ -112,16 +115,24 @@ class Graph:
 
     @property
     def nbytes(self) -> int:
-        return self.links.nbytes + sum(array.nbytes for array in self._rest)
+        return sum(array.nbytes for array in self.arrays)
+
+    def borrow(self) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Lend a thread what its walk writes to; `give_back` keeps it for the next."""
+        try:
+            return self._scratches.pop()
+        except IndexError:
+            return np.zeros(len(self.links), np.uint16), np.zeros(1, np.int64)
+
+    def give_back(self, scratch: tuple[NDArray[np.uint16], NDArray[np.int64]]) -> None:
+        """Take what `borrow` lent."""
+        self._scratches.append(scratch)
 
     def search(self, codes: Codes, queries: NDArray[np.int8], ef: int) -> NDArray[np.int32]:
         """Return the ``ef`` best rows the walk meets, (m, ef), best first, `NOTHING` at the end."""
         scores = np.empty((len(queries), ef), np.int32)
         rows = np.empty((len(queries), ef), np.int32)
-        try:
-            scratch = self._scratches.pop()
-        except IndexError:
-            scratch = np.zeros(len(self.links), np.uint16), np.zeros(1, np.int64)
-        kernels.walk(self.links, *self._rest, codes.values, queries, *scratch, scores, rows)
-        self._scratches.append(scratch)
+        scratch = self.borrow()
+        kernels.walk(*self.arrays, codes.values, queries, *scratch, scores, rows)
+        self.give_back(scratch)
         return rows

@@ -126,8 +126,8 @@ class Lists:
         means = arrays["centroids"]
         # The choice of lists needs no more than codes, which read a quarter of the bytes.
         scale = scale_of(means, means.shape[1])
-        self._means = Codes(np.empty((len(means), padded(means.shape[1])), np.uint8), scale)
-        encode(means, scale, self._means.values)
+        self.means = Codes(np.empty((len(means), padded(means.shape[1])), np.uint8), scale)
+        encode(means, scale, self.means.values)
 
     @property
     def n_lists(self) -> int:
@@ -135,7 +135,7 @@ class Lists:
 
     @property
     def nbytes(self) -> int:
-        return self.starts.nbytes + self.numbers.nbytes + self._means.nbytes
+        return self.starts.nbytes + self.numbers.nbytes + self.means.nbytes
 
     def search(
         self,
@@ -153,7 +153,7 @@ class Lists:
         chosen = np.empty((m, probes), np.int32)
         scores = np.empty((m, probes), np.int32)
         everyone = np.empty(0, np.bool_)
-        kernels.scan(self._means.values, self._means.queries(queries), everyone, scores, chosen)
+        kernels.scan(self.means.values, self.means.queries(queries), everyone, scores, chosen)
         rows = np.empty((m, keep), np.int32)
         scores = np.empty((m, keep), np.int32)
         kernels.scan_lists(
