@@ -196,12 +196,12 @@ def labelled(n, seed, *, noise=0.3):
     rng = np.random.default_rng(seed)
     gallery = rows(6000, 0)
     at = rng.choice(6000, n, replace=False)
-    asked = normalise(gallery[at] + noise * rng.normal(size=(n, DIM)).astype(np.float32) / 7)
+    asked = gallery[at] + noise / 7 * rng.normal(size=(n, DIM))
     second = top_k(gallery[at], gallery, 12)[0][:, 5]
     ids = [f"q{row}" for row in range(n)]
     grades = zip(at.tolist(), second.tolist(), strict=True)
     qrels = {id_: {str(one): 2, str(two): 1} for id_, (one, two) in zip(ids, grades, strict=True)}
-    return nv.Embeddings(asked, SPACE, ids=ids), qrels
+    return nv.Embeddings(normalise(asked.astype(np.float32)), SPACE, ids=ids), qrels
 
 
 def test_the_cheapest_plan_by_ndcg_loses_no_more_on_fresh_queries(index):
