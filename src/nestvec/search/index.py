@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -696,8 +697,11 @@ def _judged(queries: Any, qrels: Mapping[str, Mapping[str, int]]) -> tuple[Embed
 
 def _as_plan(plan: Plan | Cascade | str) -> Plan:
     if isinstance(plan, str):
-        return Plan.parse(plan)
+        return _parsed(plan)
     return plan if isinstance(plan, Plan) else Plan(plan)
+
+
+_parsed = functools.lru_cache(64)(Plan.parse)
 
 
 def _known(structures: Iterable[str]) -> list[str]:
@@ -710,6 +714,7 @@ def _known(structures: Iterable[str]) -> list[str]:
     return names
 
 
+@functools.lru_cache(64, typed=True)
 def _returning(plan: Plan, k: int) -> Plan:
     """Return the plan with ``k`` rows at its end; a shortlist is never shorter than that."""
     *before, last = plan.cascade.stages
