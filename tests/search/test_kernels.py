@@ -134,6 +134,19 @@ def test_rescore_agrees_with_its_twin(rng, codes, queries):
     assert_same(both("rescore", codes, queries, shortlists(rng)))
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("dim", [DIM, 83])
+def test_rescoring_by_decoded_codes_agrees_with_its_twin(rng, codes, dim, in_order):
+    codes[5, :dim] = 128  # no length
+    places = np.arange(0) if in_order else rng.permutation(N)
+    scale = rng.uniform(0.01, 0.1, dim).astype(np.float32)
+    asked = 100 * rng.normal(size=(ASKED, DIM)).astype(np.float32)
+    lists = shortlists(rng)
+    lists[0, :50] = np.arange(50)
+    arguments = codes, scale, places.astype(np.int32), asked, lists
+    assert_same(both("rescore_decoded", *arguments, scored=np.float32))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("dim", [DIM, 24])
 def test_rerank_agrees_with_its_twin(rng, dtype, dim):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nestvec._checks import normalise
 from nestvec.errors import PlanError
 from nestvec.search import kernels
-from nestvec.search.cascade import Plan, Stage
+from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.exact import top_k
 from nestvec.search.fused import Fused
 from nestvec.search.generation import Generation
@@ -34,6 +34,7 @@ STRUCTURES: dict[str, dict[str, int]] = {
 _LEAST_PER_THREAD = 32  # queries; fewer are not worth a thread
 _PLANS_KEPT = 32  # ready to run
 _MET = 32  # rows that a walk meets for each it keeps
+_SPARE = 4  # rows found by rounded queries for each answer that codes give
 _FEW = 4096  # rows that a filter leaves: each is scored, whatever the plan says
 
 
@@ -83,11 +84,6 @@ def check(plan: Plan, generation: Generation) -> None:
                 f"({', '.join(map(str, sizes))}). Codes (:int8) of any size up to {sizes[-1]} may "
                 f"come before the last stage."
             )
-    if last.precision != "float32":
-        raise PlanError(
-            f"plan {plan}: codes make shortlists, and answers are scored by full numbers. "
-            f"Write {last} > {Stage(last.dim, last.keep)} in place of {last}."
-        )
 
 
 def run(
@@ -132,7 +128,8 @@ def _prepared(plan: Plan, view: View, mask: Mask) -> Callable[..., Any]:
         check(plan, generation)
         if len(view.prepared) >= _PLANS_KEPT:
             view.prepared.clear()
-        found = view.prepared[plan] = Planned(plan, generation)
+        made = _Decoded if plan.cascade.stages[-1].precision == "int8" else Planned
+        found = view.prepared[plan] = made(plan, generation)
     return found
 
 
@@ -237,17 +234,57 @@ class Planned:
         return _scanned(self.codes, queries, alive, keep), _NO_SCORES, mask.n_derived
 
 
+class _Decoded:
+    """A plan whose last stage is codes: full vectors are not read, nor kept in memory.
+
+    Answers are scored by the query as it is with what the codes stand for. A plan of that stage
+    alone chooses from a few times as many, found by rounded queries.
+    """
+
+    def __init__(self, plan: Plan, generation: Generation) -> None:
+        *before, self.last = plan.cascade.stages
+        stages = before or [Stage(self.last.dim, _SPARE * self.last.keep, "int8")]
+        self.alone = not before
+        self.shortlist = Planned(Plan(Cascade(stages), plan.structure, plan.knobs), generation)
+        self.score = _scorer(plan, generation)
+
+    def __call__(self, queries: Queries, mask: Mask) -> Any:
+        _, _, shortlists, said = self.shortlist(queries, mask)
+        started = time.perf_counter()
+        n_scored = shortlists[-1].shape[1]
+        rows, scores = self.score(queries, shortlists[-1], min(self.last.keep, n_scored))
+        own = _said(self.last, n_scored, started)
+        if self.alone:
+            own = {**own, "rows_scored": said[0]["rows_scored"], "ms": said[0]["ms"] + own["ms"]}
+            shortlists, said = [], []
+        return rows, scores, [*shortlists, rows], [*said, own]
+
+
+def _scorer(plan: Plan, generation: Generation) -> Callable[..., Any]:
+    """Return what scores shortlists as the last stage of a plan does."""
+    first, last = plan.cascade.stages[0], plan.cascade.stages[-1]
+    if last.precision == "float32":
+        return lambda queries, short, keep: generation.mirror.rerank(
+            np.ascontiguousarray(queries[:, : last.dim]), short, keep
+        )
+    if plan.structure == "lists" and first.dim == last.dim:  # held already, in another order
+        codes, places = generation.listed(last.dim), generation.lists().places
+    else:
+        codes, places = generation.codes(last.dim), None
+    return lambda queries, short, keep: codes.rescored(queries, short, keep, places)
+
+
 class _Few:
-    """Few rows may be found: each is scored at the last stage's size."""
+    """Few rows may be found: each is scored as the last stage does."""
 
     def __init__(self, plan: Plan, generation: Generation, mask: Mask) -> None:
-        self.last, self.generation = plan.cascade.stages[-1], generation
+        self.last, self.score = plan.cascade.stages[-1], _scorer(plan, generation)
         self.rows = np.flatnonzero(mask.derived).astype(np.int32)
 
     def __call__(self, queries: Queries, mask: Mask) -> Any:
         started = time.perf_counter()
         shortlists = np.tile(self.rows, (len(queries), 1))
-        rows, scores = rescored(self.generation, self.last, queries, shortlists)
+        rows, scores = self.score(queries, shortlists, min(self.last.keep, len(self.rows)))
         return rows, scores, [rows], [_said(self.last, len(self.rows), started)]
 
 

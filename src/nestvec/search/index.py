@@ -46,7 +46,8 @@ class Hits:
         Best first, equal scores by the row that was stored first. Where fewer than k rows could be
         found the rest is -1, or an empty text, with a NaN score.
     scores : (n_queries, k) float32
-        Cosine at the last stage's size.
+        Cosine at the last stage's size; if that stage is of codes (``:int8``), with what they
+        stand for, which is off by some thousandths. Rows written since are always scored exactly.
     plan
         What was run.
     version

@@ -11,6 +11,9 @@ to a multiple of 32 dims.
 - ``walk(links, upper, level_starts, upper_rows, down, codes, queries, seen, clock, scores, rows)``:
   a navigable graph, with as long a list of candidates as ``rows`` is wide.
 - ``rescore(codes, queries, shortlists, scores, rows)``: the rows of a shortlist, by their codes.
+- ``rescore_decoded(codes, scale, places, queries, shortlists, scores, rows)``: the same by cosine
+  of float32 queries with what the codes stand for; the code of a row is ``codes[places[row]]``, or
+  ``codes[row]`` where ``places`` is empty.
 - ``fold(queries, scale, out)``: float32 queries into int8 ones, for codes of that scale.
 - ``rerank(words, sums, queries, shortlists, scores, rows)``: by cosine with their float32 or
   float16 vectors, handed over as uint32 or uint16 words and cut to the queries' size. The sum of a
@@ -30,6 +33,7 @@ from nestvec.search.kernels._numba import (  # noqa: E402
     fold,
     rerank,
     rescore,
+    rescore_decoded,
     scan,
     scan_lists,
     scan_lists_and_rerank,
@@ -44,6 +48,7 @@ __all__ = [
     "fold",
     "rerank",
     "rescore",
+    "rescore_decoded",
     "scan",
     "scan_lists",
     "scan_lists_and_rerank",

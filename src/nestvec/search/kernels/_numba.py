@@ -20,7 +20,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
-from nestvec.search.kernels._numpy import LEVELS, NOTHING
+from nestvec.search.kernels._numpy import LEVELS, NOTHING, OFFSET
 
 intrinsic: Any = _numba_intrinsic  # its first argument is the compiler's, not the caller's
 
@@ -429,6 +429,36 @@ def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -
             row = shortlists[place, i]
             if row >= 0:
                 size = _offer(best, found, size, _dot(codes, row, query), row)
+        _finish(best, found, size)
+
+
+@_compiled
+def rescore_decoded(
+    codes: Any, scale: Any, places: Any, queries: Any, shortlists: Any, scores: Any, rows: Any
+) -> None:
+    n_short, dim = shortlists.shape[1], scale.shape[0]
+    in_order = places.shape[0] == 0
+    weights = np.empty(dim, np.float32)
+    for asked in range(queries.shape[0]):
+        best, found = scores[asked], rows[asked]
+        size, length = 0, 0.0
+        for j in range(dim):
+            length += np.float64(queries[asked, j]) * queries[asked, j]
+        for j in range(dim):
+            weights[j] = queries[asked, j] / np.sqrt(length) * scale[j]
+        for i in range(n_short):
+            row = shortlists[asked, i]
+            if row < 0:
+                continue
+            at = row if in_order else places[row]
+            dot, squares = np.float32(0), np.float32(0)
+            for j in range(dim):
+                steps = np.float32(np.int32(codes[at, j]) - OFFSET)
+                dot += weights[j] * steps
+                number = scale[j] * steps
+                squares += number * number
+            score = np.float32(dot / np.sqrt(squares) if squares > 0 else 0.0)
+            size = _offer(best, found, size, score, row)
         _finish(best, found, size)
 
 

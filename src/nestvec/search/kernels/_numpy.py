@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 LEVELS = 127  # steps to each side of zero
+OFFSET = 128  # what a code adds, so that none is below zero
 NOTHING = -1  # the row number that fills a shortlist which found too few
 
 
@@ -106,6 +107,20 @@ def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -
     for place, query in enumerate(queries):
         some = shortlists[place][shortlists[place] >= 0]
         _write(_best(_dots(codes[some], query), some, scores.shape[1]), scores[place], rows[place])
+
+
+def rescore_decoded(
+    codes: Any, scale: Any, places: Any, queries: Any, shortlists: Any, scores: Any, rows: Any
+) -> None:
+    for asked, query in enumerate(queries):
+        some = shortlists[asked][shortlists[asked] >= 0]
+        at = places[some] if len(places) else some
+        vectors = (codes[at, : len(scale)].astype(np.float64) - OFFSET) * scale
+        cut = query[: len(scale)].astype(np.float64)
+        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(cut)
+        cosines = vectors @ cut / np.where(lengths > 0, lengths, 1)
+        found = _best(cosines.astype(np.float32), some, scores.shape[1])
+        _write(found, scores[asked], rows[asked])
 
 
 def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> int:

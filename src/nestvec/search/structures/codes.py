@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from nestvec._checks import row_lengths
 from nestvec.maps.codes import int8_scale
 from nestvec.search import kernels
+from nestvec.search.kernels._numpy import OFFSET as _OFFSET
 
 _WIDTH = 32  # bytes that one instruction takes
-_OFFSET = 128  # the instruction wants one side without a sign
 _LEVELS = 127
 _ROWS_AT_ONCE = 8192
+_IN_ORDER = np.empty(0, np.int32)
 
 Vectors = NDArray[np.float32]
 
@@ -59,6 +60,24 @@ class Codes:
         out = np.empty((len(queries), self.values.shape[1]), np.int8)
         kernels.fold(queries, self.scale, out)
         return out
+
+    def rescored(
+        self,
+        queries: Vectors,
+        shortlists: NDArray[np.int32],
+        keep: int,
+        places: NDArray[np.int32] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return the ``keep`` best rows of each shortlist by cosine, as the codes have it.
+
+        The query is not rounded, which is what loses most. ``places`` (n,) says where the code of
+        each row is, if they are in another order.
+        """
+        scores = np.empty((len(queries), keep), np.float32)
+        rows = np.empty((len(queries), keep), np.int32)
+        at = _IN_ORDER if places is None else places
+        kernels.rescore_decoded(self.values, self.scale, at, queries, shortlists, scores, rows)
+        return rows, scores
 
 
 def scale_of(sample: Vectors, dim: int) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ size pick better lists than centroids of prefixes do.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,22 @@ class Lists:
         self.means = Codes(np.empty((len(means), padded(means.shape[1])), np.uint8), scale)
         encode(means, scale, self.means.values)
 
+    @functools.cached_property
+    def places(self) -> NDArray[np.int32]:
+        """Where each row stands in the order of the lists, (n,); made when it is asked for."""
+        found = np.empty(len(self.numbers), np.int32)
+        found[self.numbers] = np.arange(len(found), dtype=np.int32)
+        return found
+
     @property
     def n_lists(self) -> int:
         return len(self.starts) - 1
 
     @property
     def nbytes(self) -> int:
-        return self.starts.nbytes + self.numbers.nbytes + self.means.nbytes
+        known = self.__dict__.get("places")
+        places = 0 if known is None else known.nbytes
+        return self.starts.nbytes + self.numbers.nbytes + self.means.nbytes + places
 
     def search(
         self,

@@ -1,0 +1,110 @@
+"""Plans that end on codes answer without full vectors, by what the codes stand for."""
+
+import numpy as np
+import pytest
+
+import nestvec as nv
+from nestvec._checks import normalise
+from nestvec.errors import PlanError
+from nestvec.search.cascade import Plan
+from nestvec.search.exact import top_k
+from nestvec.search.index import Index
+
+DIM = 48
+SPACE = nv.Space.declared("things", dim=DIM, nesting_dims=(16, DIM))
+PLANS = [
+    "exact 48:int8@10",
+    "graph(ef=400) 48:int8@10",
+    "lists(probes=100000) 48:int8@10",
+    "exact 16:int8@900 > 48:int8@10",
+    "graph(ef=900) 16:int8@900 > 48:int8@10",
+    "lists(probes=100000) 16:int8@900 > 48:int8@10",
+]
+
+
+def rows(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return normalise((rng.normal(size=(n, DIM)) * np.arange(1, DIM + 1) ** -0.3).astype(np.float32))
+
+
+@pytest.fixture
+def index(tmp_path):
+    return Index.create(tmp_path / "a.nest", nv.Embeddings(rows(1000), SPACE), durability="process")
+
+
+def decoded(index, dim=DIM):
+    codes = index._seen().generation.codes(dim)
+    return normalise((codes.values[:, :dim].astype(np.float32) - 128) * codes.scale)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_answers_are_those_of_an_exact_search_of_decoded_codes(index, plan):
+    queries = rows(40, seed=1) * np.float32(5)
+    hits = index.search(queries, plan=plan)
+    wanted, scores = top_k(normalise(queries), decoded(index), 10)
+    assert np.mean(hits.ids == wanted) > 0.99  # the shortlist may have lost one
+    same = hits.ids == wanted
+    np.testing.assert_allclose(hits.scores[same], scores[same], atol=2e-6)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_codes_find_nearly_all_true_neighbours(index, plan):
+    queries = rows(40, seed=1)
+    hits, wanted = index.search(queries, plan=plan), top_k(queries, rows(1000), 10)
+    found = [len(set(a) & set(b)) for a, b in zip(hits.ids.tolist(), wanted[0], strict=True)]
+    assert np.mean(found) > 9.8
+    np.testing.assert_allclose(hits.scores, wanted[1], atol=5e-3)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_full_vectors_are_not_read(index, plan):
+    wanted = index.search(rows(5, seed=1), plan=plan)
+    mirror = index._seen().generation.mirror
+    mirror._words = mirror.vectors = None  # type: ignore[assignment]
+    np.testing.assert_array_equal(index.search(rows(5, seed=1), plan=plan).ids, wanted.ids)
+
+
+def test_equal_rows_are_told_in_the_order_they_were_stored(tmp_path):
+    twins = np.repeat(rows(50), 12, axis=0)
+    index = Index.create(tmp_path / "b.nest", nv.Embeddings(twins, SPACE), durability="process")
+    for plan in (PLANS[0], PLANS[2], PLANS[3]):
+        hits = index.search(rows(50), plan=plan)
+        np.testing.assert_array_equal(hits.ids, np.arange(50)[:, None] * 12 + np.arange(10))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("left", [700, 30, 4])
+def test_deleted_rows_are_passed_over_and_new_ones_found(index, plan, left):
+    index.search(rows(1), plan=plan)
+    index.delete(np.arange(left, 1000))
+    index.add(rows(1, seed=9), ids=[5000])
+    hits = index.search(rows(20, seed=1), plan=plan)
+    assert set(np.unique(hits.ids)) <= {*range(left), 5000, -1}
+    assert (hits.ids >= 0).sum(axis=1).tolist() == [min(10, left + 1)] * 20
+    assert index.search(rows(1, seed=9), plan=plan).ids[0, 0] == 5000
+
+
+def test_explain_says_that_codes_answered(index):
+    told = index.search(rows(1), plan=PLANS[1]).explain()
+    assert [stage["stage"] for stage in told["stages"]] == ["48:int8@10"]
+    assert told["stages"][0]["rows_scored"] == 400
+    assert told["answers"][3]["place"] == {"48:int8@10": 4}
+    told = index.search(rows(1), plan=PLANS[3]).explain()
+    assert [stage["stage"] for stage in told["stages"]] == ["16:int8@900", "48:int8@10"]
+
+
+def test_lists_that_answer_by_codes_hold_them_once(index):
+    index.search(rows(1), plan=PLANS[2])
+    assert index._seen().generation.names() == ["listed-48", "lists"]
+
+
+@pytest.mark.parametrize("plan", ["exact 12:int8@10", "graph 48:int8@90 > 64:int8@10"])
+def test_answers_are_of_a_size_that_the_space_has(index, plan):
+    with pytest.raises(PlanError, match="16, 48"):
+        index.search(rows(1), plan=plan)
+
+
+def test_a_plan_of_codes_is_stored_and_asked_for_more(index):
+    index.set_plan(PLANS[1])
+    assert index.search(rows(1), 30).ids.shape == (1, 30)
+    assert index.search(rows(1)).plan == Plan.parse(PLANS[1])
