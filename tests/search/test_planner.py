@@ -275,6 +275,19 @@ def test_a_budget_of_bytes_is_kept(index):
     assert all(one.resident_bytes <= 110 for one in found.frontier)
 
 
+def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
+    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    measured = planner._measure(pool, ["lists"], 1000.0, False)
+    alone = [one for one in measured if len(one.plan.cascade.stages) == 1]
+    best = max(alone, key=lambda one: one.recall)
+    assert 0.98 < best.recall < 1  # rounding loses some
+    assert best.recall == pytest.approx(pool.recall(best.plan).mean())
+    reranked = [one for one in measured if len(one.plan.cascade.stages) == 2]
+    assert max(one.recall for one in reranked) >= best.recall
+    without = planner._measure(pool, ["lists"], None, False)
+    assert all(len(one.plan.cascade.stages) == 2 for one in without)
+
+
 def test_a_budget_of_time_takes_the_most_recall_within_it(index, planned):
     budget = planned.frontier[len(planned.frontier) // 2].ms
     found = index.plan(rows(1000, 1), ms=budget, keep=False)

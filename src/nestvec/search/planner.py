@@ -345,9 +345,22 @@ def _measure(
             held = _resident(trials.view, name, dim)
             if resident_bytes is None or held <= resident_bytes:
                 enough = min((one.ms for one in found if one.recall >= _ALL), default=np.inf)
-                found += _widths(trials, name, dim, held, enough)
+                some = _widths(trials, name, dim, held, enough)
+                if resident_bytes is not None and dim == full:
+                    some += _codes_only(trials, some)
+                found += some
             advance(1)
     return found
+
+
+def _codes_only(trials: Trials, measured: Sequence[Measured]) -> list[Measured]:
+    """Measure plans whose answers are scored by codes: they leave the pages of vectors alone."""
+    last = Cascade([Stage(trials.full, trials.k, "int8")])
+    plans = [Plan(last, one.plan.structure, one.plan.knobs) for one in measured]
+    return [
+        Measured(plan, float(trials.recall(plan).mean()), trials.ms(plan), held)
+        for plan, held in {plan: measured[0].resident_bytes for plan in plans}.items()
+    ]
 
 
 def _widths(trials: Trials, name: str, dim: int, held: float, enough: float) -> list[Measured]:

@@ -78,6 +78,7 @@ class Trials:
         # shared with subsets
         self._walks: dict[Plan, Walk] = {}
         self._answers: dict[Plan, dict[str, NDArray[np.float64]]] = {}
+        self._ms: dict[Plan, float] = {}
         self._ms_per_row: list[float] = []
 
     def __len__(self) -> int:
@@ -124,6 +125,14 @@ class Trials:
     def ndcg(self, plan: Plan) -> NDArray[np.float64]:
         """Return the nDCG@k of each query by its labels."""
         return self._answered(plan)["ndcg"][self._some]
+
+    def ms(self, plan: Plan) -> float:
+        """Return milliseconds a query of a whole plan, on one thread."""
+        if plan not in self._ms:
+            asked, everyone = self._queries[:_BLOCK], self.view.everyone
+            ms, _ = self._timed(lambda: engine.run(plan, asked, self.view, everyone, threads=1))
+            self._ms[plan] = ms / len(asked)
+        return self._ms[plan]
 
     @property
     def ms_per_row(self) -> float:
