@@ -237,7 +237,7 @@ def test_bad_queries_are_refused(index, bad, says):
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        ("tree 32@10", "exact, graph, lists"),
+        ("tree 32@10", "exact, graph, lists, faiss_hnsw"),
         ("graph(depth=3) 32:int8@20 > 32@10", "ef"),
         ("graph(ef=0) 32:int8@20 > 32@10", "1 or more"),
         ("graph(ef=20) 32@10", "32:int8@10"),

@@ -19,18 +19,24 @@ from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.exact import top_k
 from nestvec.search.fused import Fused
 from nestvec.search.generation import Generation
+from nestvec.search.structures import peers
 from nestvec.search.structures.codes import Codes
 from nestvec.search.view import Mask, View
 
 Rows = NDArray[Any]
 Queries = NDArray[np.float32]
 
-#: Structures and their knobs, with what they are where a plan does not say.
+#: Our structures and their knobs, with what they are where a plan does not say.
 STRUCTURES: dict[str, dict[str, int]] = {
     "exact": {},
     "graph": {"ef": 80},
     "lists": {"probes": 32},
 }
+#: Those of faiss beside them, which the planner tries only if it is told to.
+PEERS: dict[str, dict[str, int]] = {
+    name: {kind.knob: kind.default} for name, kind in peers.KINDS.items()
+}
+KNOWN = {**STRUCTURES, **PEERS}
 _LEAST_PER_THREAD = 32  # queries; fewer are not worth a thread
 _PLANS_KEPT = 32  # ready to run
 _MET = 32  # rows that a walk meets for each it keeps
@@ -53,12 +59,11 @@ class Found(NamedTuple):
 
 def check(plan: Plan, generation: Generation) -> None:
     """Raise `PlanError` for a plan that cannot be run here."""
-    if plan.structure not in STRUCTURES:
+    if plan.structure not in KNOWN:
         raise PlanError(
-            f"plan {plan}: there is no structure {plan.structure!r}; there are "
-            f"{', '.join(STRUCTURES)}."
+            f"plan {plan}: there is no structure {plan.structure!r}; there are {', '.join(KNOWN)}."
         )
-    known = STRUCTURES[plan.structure]
+    known = KNOWN[plan.structure]
     for knob, value in plan.knobs.items():
         if knob not in known or value < 1 or value != int(value):
             fits = ", ".join(f"{name} (1 or more)" for name in known) or "none"
@@ -67,12 +72,16 @@ def check(plan: Plan, generation: Generation) -> None:
             )
     first, last = plan.cascade.stages[0], plan.cascade.stages[-1]
     sizes = generation.mirror.sizes
-    if plan.structure != "exact" and first.precision != "int8":
+    if plan.structure in PEERS:
+        _check_peer(plan, sizes[-1])
+    elif plan.structure != "exact" and first.precision != "int8":
         raise PlanError(
             f"plan {plan}: {plan.structure} begins on int8 codes. "
             f"Write {Stage(first.dim, first.keep, 'int8')} > ... in place of {first}."
         )
     for stage in plan.cascade.stages:
+        if stage is first and plan.structure in PEERS:
+            continue
         if stage.precision not in ("int8", "float32"):
             raise PlanError(f"plan {plan}: an index has int8 and float32, not {stage.precision}.")
         # Codes of any prefix may make a shortlist: what it loses is measured. Answers may not.
@@ -84,6 +93,22 @@ def check(plan: Plan, generation: Generation) -> None:
                 f"({', '.join(map(str, sizes))}). Codes (:int8) of any size up to {sizes[-1]} may "
                 f"come before the last stage."
             )
+
+
+def _check_peer(plan: Plan, full: int) -> None:
+    """Raise `PlanError` unless the first stage is what an index of faiss does."""
+    first, *rest = plan.cascade.stages
+    own = peers.KINDS[plan.structure].precision
+    last = plan.cascade.stages[-1]
+    if (first.dim, first.precision) != (full, own) or (own != "float32" and not rest):
+        fits = [Stage(full, first.keep, own)]
+        if own != "float32":
+            fits.append(Stage(full, last.keep))
+        raise PlanError(
+            f"plan {plan}: {plan.structure} searches vectors of {full} numbers, {own}"
+            f"{', and full vectors order what it finds' if own != 'float32' else ''}. "
+            f"Write {Plan(Cascade(fits), plan.structure, plan.knobs)}."
+        )
 
 
 def run(
@@ -185,7 +210,7 @@ class Planned:
     def __init__(self, plan: Plan, generation: Generation) -> None:
         self.plan, self.generation = plan, generation
         self.first, *self.rest = plan.cascade.stages
-        knobs = {**STRUCTURES[plan.structure], **plan.knobs}
+        knobs = {**KNOWN[plan.structure], **plan.knobs}
         self.knobs = {name: int(value) for name, value in knobs.items()}
         for stage in self.rest:  # loaded, or made, before threads start
             if stage.precision == "int8":
@@ -195,6 +220,8 @@ class Planned:
             self.graph, self.codes = generation.graph(), generation.codes(self.first.dim)
         elif plan.structure == "lists":
             self.lists, self.codes = generation.lists(), generation.listed(self.first.dim)
+        elif plan.structure in PEERS:
+            self.peer = generation.peer(plan.structure)
         elif self.first.precision == "int8":
             self.codes = generation.codes(self.first.dim)
 
@@ -229,6 +256,13 @@ class Planned:
             probes = min(self.lists.n_lists, math.ceil(self.knobs["probes"] / share))
             rows = self.lists.search(self.codes, queries, keep, probes, alive)
             return rows, _NO_SCORES, round(n * probes / self.lists.n_lists)
+        elif self.plan.structure in PEERS:
+            knob = math.ceil(next(iter(self.knobs.values())) / share)
+            rows = self.peer.search(normalise(queries), keep, knob, alive)
+            if self.first.precision == "float32":  # it answers: as every answer, by checked rows
+                rows, scores = self.generation.mirror.rerank(queries, rows, keep)
+                return rows, scores, self.peer.n_scored(knob)
+            return rows, _NO_SCORES, self.peer.n_scored(knob)
         elif self.first.precision == "float32":
             return *_brute_force(self.generation, self.first, queries, mask), mask.n_derived
         return _scanned(self.codes, queries, alive, keep), _NO_SCORES, mask.n_derived

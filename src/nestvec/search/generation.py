@@ -8,6 +8,7 @@
       graph/        links (`Graph`)
       lists/        centroids and the order of the rows by list (`Lists`)
       listed-128/   codes in that order
+      faiss_hnsw/   an index of faiss (`Peer`)
 
 Everything here can be made again, and is: when it is missing, when its checksum does not fit, when
 another version is to be derived. What cannot be written (the folder is read-only, the disk is full)
@@ -31,10 +32,10 @@ import numpy as np
 from nestvec._progress import progress
 from nestvec.search import mirror, sealed
 from nestvec.search.sealed import Arrays, Damaged
-from nestvec.search.structures import graph, lists
+from nestvec.search.structures import graph, lists, peers
 from nestvec.search.structures.codes import Codes, encode, padded, scale_of
 
-_KINDS = ("codes", "listed", "graph", "lists")
+_KINDS = ("codes", "listed", "graph", "lists", *peers.KINDS)
 
 
 class Generation:
@@ -164,10 +165,21 @@ class Generation:
 
         return self._get("lists", make, lists.Lists)
 
+    def peer(self, name: str) -> peers.Peer:
+        """Return an index of faiss by its name in `peers.KINDS`."""
+
+        def make(part: Path | None) -> Arrays:
+            with self._progress(name) as advance:
+                return peers.build(name, self.mirror.unit_rows, len(self), progress=advance)
+
+        return self._get(name, make, lambda arrays: peers.Peer(name, arrays))
+
     def make(self, name: str) -> None:
         """Load or build a structure by its name, ``codes-128``, unless there are no rows."""
         kind, _, dim = name.partition("-")
-        if kind in _KINDS and len(self):
+        if kind in peers.KINDS and len(self):
+            self.peer(kind)
+        elif kind in _KINDS and len(self):
             getattr(self, kind)(*([int(dim)] if dim else []))
 
     def names(self) -> list[str]:

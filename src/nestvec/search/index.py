@@ -435,7 +435,7 @@ class Index:
                     ndcg_loss=None if ndcg_loss is None else float(ndcg_loss),
                     ms=None if ms is None else float(ms),
                     resident_bytes=None if resident_bytes is None else float(resident_bytes),
-                    structures=_known(structures),
+                    structures=_known(structures, engine.STRUCTURES),
                     confidence=float(confidence),
                     seed=seed,
                     gallery_like=asked is None,
@@ -461,8 +461,12 @@ class Index:
             scratch.write_text(json.dumps({"plan": str(chosen), **about}, indent=1) + "\n", "utf-8")
 
     def build(self, *names: str) -> None:
-        """Build structures (``"graph"``, ``"lists"``) now rather than when a plan first asks."""
-        for name in _known(names):
+        """Build structures now rather than when a plan first asks.
+
+        ``"graph"`` and ``"lists"`` are ours; ``"faiss_hnsw"``, ``"faiss_hnsw_sq8"``,
+        ``"faiss_hnsw_panorama"``, ``"faiss_ivf"`` and ``"faiss_ivf_rabitq"`` are faiss's.
+        """
+        for name in _known(names, engine.KNOWN):
             self._healed(lambda view, name=name: view.generation.make(name))
 
     # --- keeping house --------------------------------------------------------------------------
@@ -609,7 +613,7 @@ class Index:
                 view = View(snapshot, newer or old, view)
             self._view = view
         if view.n_fresh > max(_MANY, view.everyone.n_derived):
-            slow = {"graph", "lists"} & {*view.generation.names()}
+            slow = {*engine.KNOWN} & {*view.generation.names()}
             if not slow:
                 return self._renewed(view)
             _log.warning(
@@ -705,13 +709,11 @@ def _as_plan(plan: Plan | Cascade | str) -> Plan:
 _parsed = functools.lru_cache(64)(Plan.parse)
 
 
-def _known(structures: Iterable[str]) -> list[str]:
-    names = list(structures)
+def _known(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    names = list(names)
     for name in names:
-        if name not in engine.STRUCTURES:
-            raise PlanError(
-                f"there is no structure {name!r}; there are {', '.join(engine.STRUCTURES)}."
-            )
+        if name not in known:
+            raise PlanError(f"there is no structure {name!r}; there are {', '.join(known)}.")
     return names
 
 

@@ -20,19 +20,23 @@ _TRAINED_ON = 100_000
 
 
 class Kind(NamedTuple):
-    """How faiss makes it (its index factory's words), the knob of a search, and its default."""
+    """How faiss makes it (its index factory's words), the knob of a search, and its default.
+
+    ``precision`` is what its rows are found by, as a plan's first stage says it.
+    """
 
     factory: str
     knob: str
     default: int
+    precision: str = "float32"
 
 
 KINDS = {
     "faiss_hnsw": Kind("HNSW32,Flat", "ef", 64),
-    "faiss_hnsw_sq8": Kind("HNSW32,SQ8", "ef", 64),
+    "faiss_hnsw_sq8": Kind("HNSW32,SQ8", "ef", 64, "int8"),
     "faiss_hnsw_panorama": Kind("HNSW32,FlatPanorama8", "ef", 64),
     "faiss_ivf": Kind("IVF{n_lists},Flat", "probes", 32),
-    "faiss_ivf_rabitq": Kind("IVF{n_lists},RaBitQ", "probes", 32),
+    "faiss_ivf_rabitq": Kind("IVF{n_lists},RaBitQ", "probes", 32, "binary"),
 }
 
 
@@ -96,4 +100,15 @@ class Peer:
             options = self._faiss.SearchParametersHNSW(efSearch=max(knob, keep), sel=selector)
         else:
             options = self._faiss.SearchParametersIVF(nprobe=knob, sel=selector)
-        return self._index.search(queries, keep, params=options)[1].astype(np.int32)
+        before = self._faiss.omp_get_max_threads()
+        self._faiss.omp_set_num_threads(1)  # of this thread: threads come from the caller
+        try:
+            return self._index.search(queries, keep, params=options)[1].astype(np.int32)
+        finally:
+            self._faiss.omp_set_num_threads(before)
+
+    def n_scored(self, knob: int) -> int:
+        """Return about how many rows a search scores: `ef`, or a share of the lists."""
+        if self.kind.knob == "ef":
+            return knob
+        return round(self._index.ntotal * min(1, knob / self._index.nlist))
