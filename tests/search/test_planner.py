@@ -237,6 +237,23 @@ def test_the_cheapest_plan_by_ndcg_loses_no_more_on_fresh_queries(index):
     assert cost[found.plan] < cost[sure.plan]
 
 
+def test_the_loss_is_what_a_plan_has_less_than_exact_search(index, fresh):
+    """Losses of 0, 0.012 and 0.03 by hand: the middle one is the last within 0.02."""
+    known = trials.Trials(index._seen(), fresh[:500], np.full(500, -1), np.zeros((500, 10), int))
+    rng = np.random.default_rng(0)
+    exact = rng.uniform(0.4, 0.8, 500)
+    plans = [Plan.parse(f"graph(ef={ef}) 48:int8@10 > 48@10") for ef in (40, 20, 10)]
+    known._answers[Plan.parse("48@10")] = {"ndcg": exact}
+    for plan, loss in zip(plans, (0, 0.012, 0.03), strict=True):
+        known._answers[plan] = {"ndcg": exact - loss + rng.uniform(-0.05, 0.05, 500)}
+    tested = [Measured(plan, 0.9, 1.0, 1.0, 0.6) for plan in plans]
+    common = {"frontier": (*tested,), "ndcg_exact": 0.6}
+    found = planner._by_ndcg(known, tested, tested, 0.02, 0.95, 0, common)
+    assert found.plan == plans[1]
+    assert [round(loss.mean, 2) for loss in found.losses] == [0.0, 0.01, 0.03]
+    assert all(loss.mean < loss.upper < loss.mean + 0.006 for loss in found.losses)
+
+
 def test_a_loss_of_nothing_is_not_certified(index):
     pytest.importorskip("ir_measures")
     queries, qrels = labelled(100, 3)
