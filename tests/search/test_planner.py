@@ -251,7 +251,8 @@ def test_the_loss_is_what_a_plan_has_less_than_exact_search(index, fresh):
     found = planner._by_ndcg(known, tested, tested, 0.02, 0.95, 0, common)
     assert found.plan == plans[1]
     assert [round(loss.mean, 2) for loss in found.losses] == [0.0, 0.01, 0.03]
-    assert all(loss.mean < loss.upper < loss.mean + 0.006 for loss in found.losses)
+    # 1.64 standard errors are 0.002; a bound at every number of queries asks for more.
+    assert all(0.002 < loss.upper - loss.mean < 0.008 for loss in found.losses)
 
 
 def test_a_loss_of_nothing_is_not_certified(index):
