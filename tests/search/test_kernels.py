@@ -114,6 +114,12 @@ def test_walk_agrees_with_its_twin(graph, codes, queries, ef):
     assert_same(both("walk", *graph, codes, queries, seen, clock, keep=ef))
 
 
+def test_a_walk_keeps_equals_in_the_order_it_met_them(graph, rng):
+    codes = rng.integers(127, 130, (N, 32)).astype(np.uint8)  # few scores for many rows
+    asked = rng.integers(-1, 2, (ASKED, 32)).astype(np.int8)
+    assert_same(both("walk", *graph, codes, asked, np.zeros(N, np.uint16), np.zeros(1, np.int64)))
+
+
 def test_walk_forgets_earlier_queries_when_its_clock_starts_again(graph, codes, queries):
     fresh = both("walk", *graph, codes, queries, np.zeros(N, np.uint16), np.zeros(1, np.int64))
     seen, clock = np.full(N, 2, np.uint16), np.array([2**16 - 3])
