@@ -52,6 +52,13 @@ def test_the_certified_plan_holds_on_fresh_queries(index, planned, fresh):
     assert recall(index, fresh, planned.plan) >= 0.95
 
 
+def test_what_was_planned_is_itself_a_plan_to_search_by(index, planned, fresh):
+    found = index.search(fresh[:50], plan=planned)
+    np.testing.assert_array_equal(found.ids, index.search(fresh[:50], plan=planned.plan).ids)
+    with pytest.raises(PlanError, match="nothing was planned: no luck"):
+        index.search(fresh[:50], plan=planner.Planned(None, (), sentence="no luck"))
+
+
 def test_what_the_frontier_says_is_what_its_plans_do(index, planned):
     choosing = rows(1000, 1)[np.random.default_rng(0).permutation(1000)[:500]]
     for one in planned.frontier[:: max(1, len(planned.frontier) // 8)]:

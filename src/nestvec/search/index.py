@@ -273,7 +273,7 @@ class Index:
         queries: Embeddings | ArrayLike,
         k: int | None = None,
         *,
-        plan: Plan | Cascade | str | None = None,
+        plan: Plan | Cascade | Planned | str | None = None,
         dims: int | None = None,
         recall: float | int | None = None,
         filter: str | None = None,
@@ -289,7 +289,7 @@ class Index:
         k
             Rows a query; 10, or what the plan returns.
         plan
-            What to run: a `Plan`, a `Cascade` or its text, like
+            What to run: a `Plan`, what `plan` returned, a `Cascade`, or text like
             ``"graph(ef=80) 384:int8@40 > 384@10"``. By default the plan that was stored
             (`set_plan`), else every row is scored at full size.
         dims
@@ -449,7 +449,7 @@ class Index:
             self.set_plan(found.plan, version=view.snapshot.version, **planner.as_json(found))
         return found
 
-    def set_plan(self, plan: Plan | Cascade | str | None, **about: Any) -> None:
+    def set_plan(self, plan: Plan | Cascade | Planned | str | None, **about: Any) -> None:
         """Store the plan that searches follow from now on, with what is known about it."""
         if plan is None:
             with durable.storage_errors(self.path):
@@ -700,9 +700,13 @@ def _judged(queries: Any, qrels: Mapping[str, Mapping[str, int]]) -> tuple[Embed
     return queries[np.array(rows)], [labels[row] for row in rows]
 
 
-def _as_plan(plan: Plan | Cascade | str) -> Plan:
+def _as_plan(plan: Plan | Cascade | Planned | str) -> Plan:
     if isinstance(plan, str):
         return _parsed(plan)
+    if isinstance(plan, Planned):
+        if plan.plan is None:
+            raise PlanError(f"nothing was planned: {plan.sentence}")
+        return plan.plan
     return plan if isinstance(plan, Plan) else Plan(plan)
 
 
