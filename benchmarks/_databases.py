@@ -159,4 +159,5 @@ class PgVector(Peer):
         return answer
 
 
-PEERS.update({"lancedb_ivf_hnsw_sq": LanceDB, "qdrant_edge": Qdrant, "pgvector_hnsw": PgVector})
+NAMES = {"lancedb_ivf_hnsw_sq": LanceDB, "qdrant_edge": Qdrant, "pgvector_hnsw": PgVector}
+PEERS.update(NAMES)

@@ -19,11 +19,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _databases
 import _frame
 import numpy as np
+from _galleries import SETS
+from _peers import PEERS
 
 NAME = "search"
 TARGETS = (0.95, 0.99)
@@ -31,10 +36,15 @@ TURNS = 5
 SCORED = 1000
 LEAST_S = 0.1  # of batches, so that the clock can tell
 BASE, BAR = "faiss_hnsw32", "faiss_hnsw32_sq8_refine"
-LARGE = {  # sets, and who is left out: those that were far behind on `docs`
+SOURCES = [Path(__file__).parent / name for name in ("_galleries.py", "_peers.py", "search.py")]
+LARGE = {  # on sets but `docs`, only the bars and who came next to them there
     "peers": (BASE, BAR, "faiss_ivf_flat", "scann", "svs_vamana"),
-    "sets": ("real1m", "syn1m", "clusters768", "clusters1536"),
+    "sets": ("captions_mrl", "real1m", "syn1m", "clusters768", "clusters1536"),
 }
+
+
+def digest_of(files: list[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
 
 
 def recall(found: np.ndarray, truth: np.ndarray) -> float:
@@ -85,11 +95,18 @@ def tuned(peer: Any, queries: np.ndarray, truth: np.ndarray, target: float) -> A
     return min(reach)[1] if reach else None
 
 
-def cell(set_name: str, peer_name: str) -> list[dict[str, Any]]:
-    import _databases  # noqa: F401  # they add themselves to the peers
-    from _galleries import SETS
-    from _peers import PEERS
+def kept_setting(name: str, tune: Callable[[], Any], *, keep: bool) -> Any:
+    """What was tuned: rivals meet all others at the same setting."""
+    file = _frame.cache_folder(NAME) / f"tuned-{name}-{digest_of(SOURCES)}.json"
+    if keep and file.is_file():
+        return json.loads(file.read_text())
+    found = tune()
+    if keep:
+        file.write_text(json.dumps(found))
+    return found
 
+
+def cell(set_name: str, peer_name: str) -> list[dict[str, Any]]:
     gallery = SETS[set_name]()
     truth = gallery.truth()
     half = len(gallery.queries) // 2
@@ -104,7 +121,11 @@ def cell(set_name: str, peer_name: str) -> list[dict[str, Any]]:
     peer, rows = made[peer_name], []
     for target in TARGETS:
         settings = {
-            name: tuned(one, gallery.queries[tuning], truth[tuning], target)
+            name: kept_setting(
+                f"{set_name}-{name}-{target}",
+                partial(tuned, one, gallery.queries[tuning], truth[tuning], target),
+                keep=name in rivals,
+            )
             for name, one in made.items()
         }
         row = {
@@ -148,12 +169,12 @@ def cell(set_name: str, peer_name: str) -> list[dict[str, Any]]:
 
 def kept(set_name: str, peer_name: str) -> list[dict[str, Any]]:
     """The figures of one cell, from the cache or from a process of its own."""
-    sources = ["_galleries.py", "_peers.py", "search.py"]
-    digest = hashlib.sha256(b"".join((Path(__file__).parent / s).read_bytes() for s in sources))
+    sources = list(SOURCES)
+    if peer_name in _databases.NAMES:
+        sources.append(Path(_databases.__file__))
     if peer_name.startswith("nestvec"):
-        for file in sorted((_frame.ROOT / "src/nestvec/search").rglob("*.py")):
-            digest.update(file.read_bytes())
-    file = _frame.cache_folder(NAME) / f"{set_name}-{peer_name}-{digest.hexdigest()[:10]}.json"
+        sources += sorted((_frame.ROOT / "src/nestvec/search").rglob("*.py"))
+    file = _frame.cache_folder(NAME) / f"{set_name}-{peer_name}-{digest_of(sources)}.json"
     if not file.is_file():
         print(f"  {set_name} {peer_name} ...", flush=True)
         command = [sys.executable, __file__, "--cell", set_name, peer_name]
@@ -172,10 +193,6 @@ def peers_for(set_name: str, peers: list[str]) -> list[str]:
 
 
 def main() -> None:
-    import _databases  # noqa: F401
-    from _galleries import SETS
-    from _peers import PEERS
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
