@@ -313,6 +313,15 @@ def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
     assert all(len(one.plan.cascade.stages) == 2 for one in without)
 
 
+@pytest.mark.parametrize("name", ["faiss_hnsw", "faiss_hnsw_sq8", "faiss_ivf"])
+def test_indexes_of_faiss_are_planned_for_where_they_are_named(index, fresh, name):
+    found = index.plan(rows(600, 1), recall=0.9, structures=[name], keep=False)
+    assert found.plan is not None
+    assert found.plan.structure == name
+    assert recall(index, fresh, found.plan) >= 0.9
+    assert all(one.resident_bytes > 0 for one in found.frontier)
+
+
 def test_a_budget_of_time_takes_the_most_recall_within_it(index, planned):
     budget = planned.frontier[len(planned.frontier) // 2].ms
     found = index.plan(rows(1000, 1), ms=budget, keep=False)

@@ -76,7 +76,10 @@ def plan(
     confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
     structures: Annotated[
         str | None,
-        typer.Option(help="Those to try, like graph,lists; by default all.", show_default=False),
+        typer.Option(
+            help="Those to try, like graph,lists,faiss_hnsw; by default all of our own.",
+            show_default=False,
+        ),
     ] = None,
     n_queries: Annotated[int, typer.Option(min=20, help="At most so many queries.")] = 2000,
     plot: Annotated[

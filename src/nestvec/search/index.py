@@ -385,7 +385,8 @@ class Index:
         resident_bytes
             Bytes a vector may take in memory, everything included.
         structures
-            Those to try; they are built if they are not there.
+            Those to try; ours by default, faiss's (``"faiss_hnsw_sq8"``) where they are named. They
+            are built if they are not there.
         n_queries
             At most this many.
         keep
@@ -435,7 +436,7 @@ class Index:
                     ndcg_loss=None if ndcg_loss is None else float(ndcg_loss),
                     ms=None if ms is None else float(ms),
                     resident_bytes=None if resident_bytes is None else float(resident_bytes),
-                    structures=_known(structures, engine.STRUCTURES),
+                    structures=_known(structures, engine.KNOWN),
                     confidence=float(confidence),
                     seed=seed,
                     gallery_like=asked is None,

@@ -18,6 +18,8 @@ from nestvec._progress import progress
 from nestvec.errors import DataError
 from nestvec.search import certificate, engine
 from nestvec.search.cascade import Cascade, Plan, Stage
+from nestvec.search.structures.lists import usual_n_lists
+from nestvec.search.structures.peers import KINDS
 from nestvec.search.trials import Trials
 from nestvec.search.view import View
 
@@ -41,6 +43,7 @@ _KEEPS = (
     96,
     128,
 )  # shortlists, in multiples of k
+_PEER_KEEPS = (2, 4, 8, 16, 32)  # each is run
 _SHORTEST = 32  # dims of a prefix that makes a shortlist
 _SCANNABLE = 200_000  # rows above which scanning them all is not tried
 _ALL = 0.9999  # recall beyond which nothing is gained
@@ -336,7 +339,8 @@ def _measure(
     for name in structures:
         if name == "exact" and n > _SCANNABLE:
             continue
-        kinds += [(name, dim) for dim in dims if name != "graph" or dim * 4 >= full]
+        least = {"graph": full // 4}.get(name, full if name in engine.PEERS else 0)
+        kinds += [(name, dim) for dim in dims if dim >= least]
     # The quick and sure ones first: they tell when others need not be wider.
     kinds.sort(key=lambda kind: (kind[0] == "lists", -kind[1]))
     found: list[Measured] = []
@@ -346,7 +350,7 @@ def _measure(
             if resident_bytes is None or held <= resident_bytes:
                 enough = min((one.ms for one in found if one.recall >= _ALL), default=np.inf)
                 some = _widths(trials, name, dim, held, enough)
-                if resident_bytes is not None and dim == full:
+                if resident_bytes is not None and dim == full and name not in engine.PEERS:
                     some += _codes_only(trials, some)
                 found += some
             advance(1)
@@ -366,7 +370,7 @@ def _codes_only(trials: Trials, measured: Sequence[Measured]) -> list[Measured]:
 def _widths(trials: Trials, name: str, dim: int, held: float, enough: float) -> list[Measured]:
     """Measure one structure on codes of one size, wider and wider until nothing is gained."""
     k, most = trials.k, _widest(trials, name)
-    width = {"graph": k, "lists": 1, "exact": 1}[name]
+    width = k if name == "graph" else 1
     found: list[Measured] = []
     before = -1.0
     while True:
@@ -388,7 +392,12 @@ def _at_width(trials: Trials, name: str, dim: int, width: int, held: float) -> l
     keeps = sorted({min(n, round(k * keep)) for keep in _KEEPS})
     if name == "graph":
         keeps = [keep for keep in keeps if keep <= width]
-    knobs = {knob: width for knob in [*engine.STRUCTURES[name]][:1]}
+    knobs = {knob: width for knob in [*engine.KNOWN[name]][:1]}
+    if name in engine.PEERS:
+        return [
+            Measured(plan, float(trials.recall(plan).mean()), trials.ms(plan), held)
+            for plan in _peer_plans(name, knobs, trials)
+        ]
     plans = [
         Plan(Cascade([Stage(dim, keep, "int8"), Stage(trials.full, k)]), name, knobs)
         for keep in keeps
@@ -398,6 +407,17 @@ def _at_width(trials: Trials, name: str, dim: int, width: int, held: float) -> l
         Measured(plan, float((walk.places < keep).mean()), walk.ms + keep * trials.ms_per_row, held)
         for plan, keep in zip(plans, keeps, strict=True)
     ]
+
+
+def _peer_plans(name: str, knobs: dict[str, int], trials: Trials) -> list[Plan]:
+    """Return plans over one of faiss's indexes: those of codes make shortlists."""
+    k, full, precision = trials.k, trials.full, KINDS[name].precision
+    if precision == "float32":
+        return [Plan(Cascade([Stage(full, k)]), name, knobs)]
+    n = len(trials.view.generation)
+    keeps = sorted({min(n, round(k * keep)) for keep in _PEER_KEEPS})
+    cascades = [Cascade([Stage(full, keep, precision), Stage(full, k)]) for keep in keeps]
+    return [Plan(cascade, name, knobs) for cascade in cascades]
 
 
 def _finer(trials: Trials, frontier: Sequence[Measured], recall: float) -> list[Measured]:
@@ -423,9 +443,12 @@ def _kind(one: Measured) -> tuple[str, int, int]:
 
 
 def _widest(trials: Trials, name: str) -> int:
+    n = len(trials.view.generation)
     if name == "lists":
         return trials.view.generation.lists().n_lists
-    return min(len(trials.view.generation), 2000) if name == "graph" else 1
+    if "probes" in engine.KNOWN[name]:
+        return min(n, usual_n_lists(n))
+    return min(n, 2000) if engine.KNOWN[name] else 1
 
 
 def _resident(view: View, name: str, dim: int) -> float:
@@ -436,6 +459,8 @@ def _resident(view: View, name: str, dim: int) -> float:
         held += generation.graph().nbytes + generation.codes(dim).nbytes
     elif name == "lists":
         held += generation.lists().nbytes + generation.listed(dim).nbytes
+    elif name in engine.PEERS:
+        held += generation.peer(name).nbytes
     else:
         held += generation.codes(dim).nbytes
     return held / max(1, len(generation))
