@@ -19,7 +19,7 @@ from store_writer import apply
 
 import nestvec as nv
 from nestvec._checks import normalise
-from nestvec.errors import DataError, PlanError, StorageError
+from nestvec.errors import DataError, StorageError
 from nestvec.search import mirror, sealed
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
@@ -664,11 +664,6 @@ def test_a_filter_costs_no_recall(tmp_path, structure):
     assert min(recalls) > recalls[0] - 0.02
 
 
-def test_a_plan_that_ends_in_codes_is_refused(index):
-    with pytest.raises(PlanError, match="Write 32:int8@10 > 32@10"):
-        index.search(QUERIES, plan="exact 32:int8@10")
-
-
 def test_a_knob_may_be_written_as_a_fraction_that_is_whole(index):
     assert_right(index, MODEL, ["lists(probes=1000.0) 16:int8@1000 > 32@10"])
 
@@ -703,7 +698,7 @@ def test_the_lists_plan_holds_a_fraction_of_the_vectors_in_memory(tmp_path):
     held, said = lists_hold(tmp_path, 30_000)
     # 64 of codes, 4 of lists, 4 of sums, and centroids; keys and ids are mapped
     assert 72 < said < 80
-    assert held < 220 < 1024
+    assert held < 256 < 1024  # imports and compiled kernels, too
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -466,6 +469,29 @@ def test_a_version_after_a_long_rest_is_seen(store):
     store.append(batch(["a"]))
     assert reader.is_newer()
     assert reader.is_newer()
+
+
+def test_only_what_has_rested_is_said_to_be_unchanged(store):
+    versions, reader = store.path / "record" / "_versions", Store.open(store.path)
+    assert not reader.is_newer()
+    assert not reader.is_unchanged()  # a second version may share this tick of the clock
+    os.utime(versions, ns=(10**18, 10**18))
+    assert not reader.is_newer()
+    assert reader.is_unchanged()
+    store.append(batch(["a"]))
+    assert not reader.is_unchanged()
+    reader.refresh()
+    assert not reader.is_newer()
+    os.utime(versions, ns=(10**18, 10**18))
+    assert not reader.is_newer()
+    shutil.rmtree(versions)
+    assert not reader.is_unchanged()
+
+
+def test_a_process_that_ends_with_an_open_store_says_nothing(store):
+    code = f"from nestvec.search.store import Store; kept = Store.open({str(store.path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_asking_for_a_newer_version_takes_microseconds(store):

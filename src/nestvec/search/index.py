@@ -315,7 +315,12 @@ class Index:
         """
         asked = self._queries(queries)
         chosen = self._chosen(plan, dims, k, recall)
-        view, found = self._healed(lambda view: self._run(chosen, asked, view, filter, threads))
+        view = self._seen()
+        try:
+            found = self._run(chosen, asked, view, filter, threads)
+        except Damaged as error:
+            view = self._mended(view, error)
+            found = self._run(chosen, asked, view, filter, threads)
         ids = view.ids(found.rows)
         hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
         if columns is None:
@@ -593,6 +598,8 @@ class Index:
         )
 
     def _refreshed(self) -> None:
+        if self._store.is_unchanged():
+            return
         with self._lock:
             if self._store.is_newer():
                 self._store.refresh()
@@ -638,10 +645,14 @@ class Index:
         try:
             return view, work(view)
         except Damaged as error:
-            _log.warning("%s Derived files are made again from the record.", error)
-            self._discard(view.generation)
-            view = self._seen()
+            view = self._mended(view, error)
             return view, work(view)
+
+    def _mended(self, view: View, error: Damaged) -> View:
+        """Return a new view in place of one that met what is damaged."""
+        _log.warning("%s Derived files are made again from the record.", error)
+        self._discard(view.generation)
+        return self._seen()
 
     def _discard(self, generation: Generation) -> None:
         """Remove a generation in which vectors are damaged; the next search derives it anew."""

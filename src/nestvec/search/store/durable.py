@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,33 +223,31 @@ class Lease:
     """
 
     def __init__(self, folder: Path, version: int) -> None:
-        self._path = folder / "readers" / str(version)
-        self._handle: int | None = None
-        self._owner = os.getpid()
-        while self._handle is None:
+        path = folder / "readers" / str(version)
+        self._end: Callable[[], object] | None = None
+        while True:
             try:
-                self._path.parent.mkdir(exist_ok=True)
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                path.parent.mkdir(exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError:
                 return
             fcntl.flock(handle, fcntl.LOCK_SH)
             if os.fstat(handle).st_nlink:
-                self._handle = handle
-            else:  # its last reader has just removed it
-                os.close(handle)
+                break
+            os.close(handle)  # its last reader has just removed it
+        self._end = weakref.finalize(self, _release, handle, path, os.getpid())
 
     def release(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        if self._owner == os.getpid():  # a forked process shares the lock and must not change it
-            with contextlib.suppress(OSError):  # others read it: they keep the file
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._path.unlink()
-        os.close(handle)
+        if self._end is not None:
+            self._end()
 
-    def __del__(self) -> None:
-        self.release()
+
+def _release(handle: int, path: Path, owner: int) -> None:
+    if owner == os.getpid():  # a forked process shares the lock and must not change it
+        with contextlib.suppress(OSError):  # others read it: they keep the file
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    os.close(handle)
 
 
 def is_read(folder: Path, version: int) -> bool:
