@@ -57,6 +57,15 @@ def test_a_plan_that_drops_nothing_is_exact_search(index, vectors, queries, plan
     np.testing.assert_allclose(hits.scores, scores, atol=1e-6)
 
 
+def test_one_query_alone_finds_what_it_finds_among_many(index, queries):
+    for some in ("32@10", "8@10"):
+        many = index.search(queries, plan=some)
+        for line in range(3):
+            alone = index.search(queries[line], plan=some)
+            np.testing.assert_array_equal(alone.ids[0], many.ids[line])
+            np.testing.assert_allclose(alone.scores[0], many.scores[line], atol=1e-6)
+
+
 def test_without_a_plan_every_row_is_scored(index, vectors, queries):
     np.testing.assert_array_equal(index.search(queries, 7).ids, top_k(queries, vectors, 7)[0])
 

@@ -40,6 +40,7 @@ KNOWN = {**STRUCTURES, **PEERS}
 _LEAST_PER_THREAD = 32  # queries; fewer are not worth a thread
 _PLANS_KEPT = 32  # ready to run
 _MET = 32  # rows that a walk meets for each it keeps
+_AT_SIGHT = 4  # queries that cost less to score as rows go by than to put rows in order first
 _SPARE = 4  # rows found by rounded queries for each answer that codes give
 _FEW = 4096  # rows that a filter leaves: each is scored, whatever the plan says
 
@@ -366,6 +367,10 @@ def _brute_force(
     generation: Generation, stage: Stage, queries: Queries, mask: Mask
 ) -> tuple[Rows, NDArray[np.float32]]:
     """Score every row at float32, some rows of the file at a time."""
+    if len(queries) <= _AT_SIGHT:
+        alive = np.flatnonzero(mask.derived) if len(mask.derived) else np.arange(len(generation))
+        every = np.tile(alive.astype(np.int32), (len(queries), 1))
+        return rescored(generation, stage, queries, every)
     asked = normalise(np.ascontiguousarray(queries[:, : stage.dim]))
     best: list[tuple[NDArray[Any], NDArray[np.float32]]] = []
     for start, block in generation.mirror.blocks(stage.dim):
