@@ -127,11 +127,11 @@ class IVFFlat(Faiss):
 
 
 class IVFPQ(Faiss):
-    words, refined, options = "IVF{n_lists},PQ{pq}x4fs", True, (4, 8, 16, 32)
+    words, refined, options = "IVF{n_lists},PQ{pq}x4fs", True, (8, 16, 32, 96)
 
 
 class RaBitQ(Faiss):
-    words, refined, options = "IVF{n_lists},RaBitQ", True, (4, 8, 16, 32)
+    words, refined, options = "IVF{n_lists},RaBitQ", True, (8, 16, 32, 96)
 
 
 class USearch(Peer):
@@ -227,7 +227,7 @@ class SVS(Peer):
 
 
 class ScaNN(Peer):
-    package, most, options = "scann", 512, (40, 80, 160, 320)
+    package, most, options = "scann", 512, (80, 160, 320, 960)
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         import scann
