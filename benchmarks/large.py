@@ -62,13 +62,13 @@ def unit(rows: Matrix) -> Matrix:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def rows_of(number: int, n: int) -> Matrix:
+def rows_of(number: int, n: int, stream: int = 1) -> Matrix:
     """Return rows of a seed, clusters in clusters whose spectrum falls as 1/i."""
     shape = np.random.default_rng([SEED, 0])
     spread = (np.arange(1, DIM + 1) ** -0.5).astype(np.float32)
     inner = (shape.standard_normal((CLUSTERS, DIM), dtype=np.float32) * spread).repeat(INNER, 0)
     inner += 0.7 * shape.standard_normal(inner.shape, dtype=np.float32) * spread
-    rng = np.random.default_rng([SEED, 1, number])
+    rng = np.random.default_rng([SEED, stream, number])
     rows = rng.standard_normal((n, DIM), dtype=np.float32)
     rows *= 0.5 * spread
     rows += inner[rng.integers(len(inner), size=n)]
@@ -76,7 +76,7 @@ def rows_of(number: int, n: int) -> Matrix:
 
 
 def queries() -> Matrix:
-    return rows_of(1_000_000, N_QUERIES)
+    return rows_of(0, N_QUERIES, stream=2)
 
 
 # --- steps, each in a process of its own ----------------------------------------------------------
