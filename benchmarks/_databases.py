@@ -37,7 +37,7 @@ class LanceDB(Peer):
                 metric="dot", index_type="IVF_HNSW_SQ", num_partitions=4, m=32, ef_construction=80
             )
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.table = lancedb.connect(folder).open_table("rows")
         self.bytes_per_vector = size_of(folder) / n
 
@@ -94,7 +94,7 @@ class Qdrant(Peer):
             shard.flush()
             shard.close()
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.shard = qdrant.EdgeShard.load(str(home))
         self.bytes_per_vector = size_of(home) / n
 
@@ -143,7 +143,7 @@ class PgVector(Peer):
                 )
                 link.execute("vacuum analyze items")
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.link = connected()
         one = self.link.execute("select pg_total_relation_size('items')").fetchone()
         self.bytes_per_vector = one[0] / n

@@ -6,6 +6,7 @@ reranked). Widths are in one fine row for all, and are bisected for each option.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -32,9 +33,11 @@ Rows = NDArray[np.int64]
 
 
 class Peer:
-    """One method on one gallery; ``bytes_per_vector`` is what it keeps in memory.
+    """One method on one gallery.
 
-    ``folder`` is its own, and keeps what was built, with the processor seconds that it took.
+    ``bytes_per_vector`` counts all that answers are made of, full vectors too where they order
+    them, in memory or mapped. ``folder`` is its own, and keeps what was built, with the processor
+    seconds that it took.
     """
 
     package = "faiss-cpu"
@@ -48,16 +51,18 @@ class Peer:
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         raise NotImplementedError
 
-    def built(self, folder: Path, build: Callable[[], Any]) -> None:
-        """Build, unless it was done; ``build_s`` is what it took then."""
+    def built(self, folder: Path, build: Callable[[], Any], made_by: str = "") -> float:
+        """Build, unless that was done by the same code; return the seconds it took then."""
         file = folder / "build_s.json"
-        if not file.is_file():
+        said = json.loads(file.read_text()) if file.is_file() else [0, None]
+        if said[1] != made_by:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             started = self.clock()
             build()
-            file.write_text(json.dumps(self.clock() - started))
-        self.build_s = json.loads(file.read_text())
+            said = [self.clock() - started, made_by]
+            file.write_text(json.dumps(said))
+        return said[0]
 
     def widths(self) -> list[int]:
         return [width for width in WIDTHS if self.least <= width <= self.most]
@@ -80,7 +85,7 @@ class Faiss(Peer):
         file = folder / "index.faiss"
 
         def build() -> None:
-            words = self.words.format(n_lists=usual_n_lists(n), pq=dim // 4)
+            words = self.words.format(n_lists=usual_n_lists(n), pq=dim // 4, dim=dim)
             index = faiss.index_factory(dim, words, faiss.METRIC_INNER_PRODUCT)
             if hasattr(index, "hnsw"):
                 index.hnsw.efConstruction = 80
@@ -90,7 +95,7 @@ class Faiss(Peer):
             index.add(gallery.vectors)
             faiss.write_index(index, str(file))
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.index = faiss.read_index(str(file))
         self.answering = self.index
         if self.refined:
@@ -100,6 +105,7 @@ class Faiss(Peer):
         if hasattr(self.index, "hnsw"):
             self.least = K
         else:
+            self.lists = faiss.extract_index_ivf(self.index)
             self.most = usual_n_lists(n)
 
     def searcher(self, width: int, option: Option, threads: int) -> Callable[[Any], Rows]:
@@ -107,7 +113,7 @@ class Faiss(Peer):
         if hasattr(self.index, "hnsw"):
             self.index.hnsw.efSearch = max(width, round(K * option))
         else:
-            self.index.nprobe = width
+            self.lists.nprobe = width
         if self.refined:
             self.answering.k_factor = option
         answer = self.answering.search
@@ -126,12 +132,15 @@ class IVFFlat(Faiss):
     words = "IVF{n_lists},Flat"
 
 
+# Vectors come in PCA order, in which some dims weigh much more than others: these two rotate them.
+
+
 class IVFPQ(Faiss):
-    words, refined, options = "IVF{n_lists},PQ{pq}x4fs", True, (8, 16, 32, 96)
+    words, refined, options = "OPQ{pq},IVF{n_lists},PQ{pq}x4fs", True, (8, 16, 32, 96)
 
 
 class RaBitQ(Faiss):
-    words, refined, options = "IVF{n_lists},RaBitQ", True, (8, 16, 32, 96)
+    words, refined, options = "RR{dim},IVF{n_lists},RaBitQ", True, (8, 16, 32, 96)
 
 
 class USearch(Peer):
@@ -148,7 +157,7 @@ class USearch(Peer):
             self.index.add(np.arange(len(gallery.vectors)), gallery.vectors, threads=2)
             self.index.save(str(file))
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         if not len(self.index):
             self.index.load(str(file))
         self.bytes_per_vector = self.index.memory_usage / len(gallery.vectors)
@@ -179,7 +188,7 @@ class HNSWLib(Peer):
             made.add_items(gallery.vectors, num_threads=2)
             made.save_index(str(file))
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.index.load_index(str(file))
         self.bytes_per_vector = file.stat().st_size / n
 
@@ -208,7 +217,7 @@ class SVS(Peer):
             )
             made[0].save(*(str(folder / part) for part in ("config", "graph", "data")))
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         parts = [str(folder / part) for part in ("config", "graph", "data")]
         n = len(gallery.vectors)
         self.index = svs.Vamana(
@@ -244,7 +253,7 @@ class ScaNN(Peer):
             )
             made.serialize(str(folder))
 
-        self.built(folder, build)
+        self.build_s = self.built(folder, build)
         self.index = scann.scann_ops_pybind.load_searcher(str(folder))
         self.index.set_num_threads(2)
         self.most = usual_n_lists(n)
@@ -264,6 +273,13 @@ class ScaNN(Peer):
         return answer
 
 
+def _made_by() -> str:
+    """Hash the code that decides what is built."""
+    room = Path(nv.__file__).parent / "search"
+    files = [*sorted((room / "structures").glob("*.py")), room / "mirror.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
+
+
 class Nestvec(Peer):
     """An index of ours, ``share`` of the dims in the first stage; options: rows kept, times K."""
 
@@ -274,25 +290,31 @@ class Nestvec(Peer):
     def __init__(self, gallery: Gallery, folder: Path) -> None:
         n, dim = gallery.vectors.shape
         self.dim, self.first = dim, max(32, int(dim * self.share) // 32 * 32)
-        self.kept = folder.parent / f"{gallery.name}-nestvec"  # all of ours share these
+        home, made_by = folder.parent / f"{gallery.name}-nestvec", _made_by()
+        path, space = home / "docs.nest", nv.Space.declared(gallery.name, dim=dim)
 
         def create() -> None:
-            space = nv.Space.declared(gallery.name, dim=dim)
             rows = nv.Embeddings(gallery.vectors, space)
-            Index.create(self.kept / "docs.nest", rows, durability="process")
+            made = Index.create(path, rows, durability="process")
+            made.search(gallery.queries[:2], 1)  # which derives the file of full vectors
 
-        self.built(self.kept, create)
-        self.index = Index.open(self.kept / "docs.nest", durability="process")
-        created = self.build_s
-        folder = folder.parent / f"{gallery.name}-nestvec-{self.structure}"
-        self.built(folder, lambda: self.index.build(self.structure))
-        self.build_s += created
+        def build() -> None:
+            self.index.build(self.structure)
+
+        def encode() -> None:
+            self.searcher(100, self.options[0], 1)(gallery.queries[:2])
+
+        took = self.built(home, create, made_by)
+        self.index = Index.open(path, durability="process")
+        took += self.built(home / self.structure, build, made_by)
+        took += self.built(home / f"{self.structure}-{self.first}", encode, made_by)
+        self.build_s = took
         if self.structure == "graph":
             self.least = K
         else:
             self.most = usual_n_lists(n)
-        self.searcher(100, self.options[0], 1)(gallery.queries[:2])
-        self.bytes_per_vector = self.index.stats()["resident_bytes"] / n
+        encode()
+        self.bytes_per_vector = self.index.stats()["resident_bytes"] / n + 4 * dim
 
     def plan(self, width: int, option: Option) -> Plan:
         rows = round(K * option)

@@ -23,6 +23,7 @@ import numpy as np
 import nestvec as nv
 from nestvec.measurement.bootstrap import resample
 from nestvec.measurement.metrics import per_query
+from nestvec.search import kernels
 
 NAME = "passages"
 METRIC = "nDCG@10"
@@ -42,13 +43,16 @@ def bytes_read(index: nv.Index, plan: Any, queries: np.ndarray) -> float:
     """Bytes of rows that a query reads under a graph or lists, on average."""
     generation = index._seen().generation
     first, *rest = plan.cascade.stages
-    n, dim = len(generation), generation.mirror.sizes[-1]
+    n = len(generation)
     reranked = sum(4 * stage.dim for stage in rest) * first.keep
     if plan.structure == "lists":
         lists = generation.lists()
         width = generation.listed(first.dim).values.shape[1]
-        share = plan.knobs["probes"] / lists.n_lists
-        return lists.n_lists * dim + n * share * (width + 4) + reranked
+        probes = np.empty((200, int(plan.knobs["probes"])), np.int32)
+        asked, scores = lists.means.queries(queries[:200]), np.empty_like(probes)
+        kernels.scan(lists.means.values, asked, np.empty(0, np.bool_), scores, probes)
+        met = np.diff(lists.starts)[probes].sum(axis=1).mean()
+        return lists.means.values.nbytes + met * (width + 4) + reranked
     if plan.structure == "exact":
         return n * generation.codes(first.dim).values.shape[1] + reranked
     graph, codes = generation.graph(), generation.codes(first.dim)

@@ -34,6 +34,7 @@ NAME = "search"
 TARGETS = (0.95, 0.99)
 TURNS = 5
 LEAST_S = 0.1  # of batches, so that the clock can tell
+TUNED = "ratio while tuning"  # left out of the result file
 BASE, BAR = "faiss_hnsw32", "faiss_hnsw32_sq8_refine"
 SOURCES = [Path(__file__).parent / name for name in ("_galleries.py", "_peers.py", "search.py")]
 LARGE = {  # on sets but `docs`, only the bars and who came next to them there
@@ -52,6 +53,7 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
 
 def one_by_one(peer: Any, queries: np.ndarray, setting: Any) -> float:
     """Processor seconds a query, one query a call, one thread."""
+    time.sleep(0.02)  # for threads of the batch before, which wait busily for a while
     search = peer.searcher(*setting, 1)
     singles = [queries[row : row + 1] for row in range(len(queries))]
     started = peer.clock()
@@ -136,6 +138,12 @@ def cell(set_name: str, peer_name: str) -> list[dict[str, Any]]:
             "bytes_per_vector": round(peer.bytes_per_vector, 1),
             "build_s": round(peer.build_s, 1),
         }
+        if settings[peer_name] is not None and BAR in rivals:
+            bar, ours = (
+                min(one_by_one(made[name], gallery.queries[tuning], settings[name]) for _ in "123")
+                for name in (BAR, peer_name)
+            )
+            row[TUNED] = bar / ours
         setting = settings[peer_name]
         if setting is None:
             rows.append({**row, "note": f"{peer.version()}: target not reached"})
@@ -185,6 +193,17 @@ def kept(set_name: str, peer_name: str) -> list[dict[str, Any]]:
     return json.loads(file.read_text())
 
 
+def chosen_by_tuning(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of our variants the one that a user would take: the quickest on the tuning queries."""
+    ours = [row for row in rows if row["method"].startswith("nestvec") and TUNED in row]
+    found = []
+    for kind in dict.fromkeys((row["dataset"], row["target_recall"]) for row in ours):
+        some = [row for row in ours if (row["dataset"], row["target_recall"]) == kind]
+        best = max(some, key=lambda row: row[TUNED])["method"]
+        found += [{**row, "method": "nestvec"} for row in some if row["method"] == best]
+    return found
+
+
 def peers_for(set_name: str, peers: list[str]) -> list[str]:
     if set_name not in LARGE["sets"]:
         return peers
@@ -204,13 +223,16 @@ def main() -> None:
         return
     sets = chosen.sets.split(",")
     peers = chosen.peers.split(",") if chosen.peers else list(PEERS)
-    meta = _frame.meta(seeds=[0], energy={name: SETS[name]().energy() for name in sets})
+    data = ("20newsgroups", "multi30k_captions", "snli_devtest")
+    meta = _frame.meta(seeds=[0], data=data, energy={name: SETS[name]().energy() for name in sets})
     rows = [row for name in sets for peer in peers_for(name, peers) for row in kept(name, peer)]
     if chosen.peers:
         for row in rows:
             print(row)
         return
-    _frame.write(NAME, rows, meta)
+    rows += chosen_by_tuning(rows)
+    known = [{key: value for key, value in row.items() if key != TUNED} for row in rows]
+    _frame.write(NAME, known, meta)
 
 
 if __name__ == "__main__":
