@@ -363,10 +363,39 @@ def test_rows_written_since_count_too(tmp_path):
     assert found.plan is not None
 
 
-@pytest.mark.parametrize("bad", [{"recall": 1.5}, {"recall": 0}, {"confidence": 2}])
-def test_shares_beyond_one_are_refused(index, bad):
-    with pytest.raises(DataError, match="share"):
-        index.plan(rows(300, 1), keep=False, **{"recall": 0.9, **bad})
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"recall": 1.5}, "recall 1.5 is a share"),
+        ({"recall": 0}, "recall 0 is a share"),
+        ({"confidence": 2}, "confidence 2 is a share"),
+        ({"confidence": 1.0}, "confidence 1.0 is a share"),
+        ({"recall": None, "ndcg_loss": 1, "qrels": {}}, "ndcg_loss 1 is a share"),
+        ({"k": 0}, "k=0"),
+        ({"n_queries": 0}, "n_queries=0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_measured(index, bad, says):
+    with pytest.raises(DataError, match=says):
+        index.plan("no queries, which would be looked at next", **{"recall": 0.9, **bad})
+
+
+def test_all_queries_are_used_unless_fewer_are_asked_for(index):
+    asked = rows(2100, 5)
+    for n, used in ((None, 2100), (400, 400)):
+        found = index.plan(asked, ms=1000, structures=["exact"], n_queries=n, keep=False)
+        assert found.n_choosing + found.n_certifying == used
+    drawn = trials.draw(index._seen(), None, k=10, n=None, seed=0)
+    assert len(drawn) == 2000
+
+
+def test_a_confidence_is_printed_as_it_was_given(index):
+    for confidence, says in ((0.995, "99.5% confidence"), (0.9, "90% confidence")):
+        found = index.plan(
+            rows(400, 1), recall=0.7, confidence=confidence, structures=["exact"], keep=False
+        )
+        assert says in found.sentence
 
 
 def test_too_few_queries_are_refused(index):

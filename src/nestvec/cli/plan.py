@@ -45,7 +45,9 @@ def plan(
     ] = None,
     ms: Annotated[
         float | None,
-        typer.Option(help="Milliseconds a query may take on one thread.", show_default=False),
+        typer.Option(
+            help="Milliseconds a query may take, asked alone, on one thread.", show_default=False
+        ),
     ] = None,
     bytes: Annotated[
         float | None,
@@ -81,7 +83,14 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    n_queries: Annotated[int, typer.Option(min=20, help="At most so many queries.")] = 2000,
+    n_queries: Annotated[
+        int | None,
+        typer.Option(
+            min=20,
+            help="At most so many queries; by default all, or 2000 rows of the gallery.",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help=f"Draw recall against time ({', '.join(_PLOTS)}).", show_default=False),

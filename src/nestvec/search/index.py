@@ -363,7 +363,7 @@ class Index:
         k: int = 10,
         confidence: float | int = 0.95,
         structures: Iterable[str] = tuple(engine.STRUCTURES),
-        n_queries: int = 2000,
+        n_queries: int | None = None,
         seed: int = 0,
         keep: bool = True,
     ) -> Planned:
@@ -386,22 +386,30 @@ class Index:
             In place of ``recall``: how far nDCG@k by ``qrels`` may fall below that of exact
             full-size search, on average, like 0.005.
         ms
-            Milliseconds a query may take on one thread; the plan of most recall within it.
+            Milliseconds a query may take, asked alone and on one thread; the plan of most recall
+            within it.
         resident_bytes
             Bytes a vector may take in memory, everything included.
         structures
             Those to try; ours by default, faiss's (``"faiss_hnsw_sq8"``) where they are named. They
             are built if they are not there.
         n_queries
-            At most this many.
+            At most this many, drawn at random; by default all queries, or 2,000 rows.
         keep
             Store the plan, so that searches follow it.
 
         Returns
         -------
         Planned
-            Its ``plan`` is None if no plan was certified; ``sentence`` says why, and what could
+            Where no cheaper plan was certified it is exact search, which scores every row. Its
+            ``plan`` is None if that is not within the budget; ``sentence`` says why, and what could
             be. Nothing is stored then.
+
+        Raises
+        ------
+        DataError
+            If a setting does not fit, queries and qrels do not fit together, or there are too few
+            queries or rows.
         """
         if recall is None and ndcg_loss is None and ms is None and resident_bytes is None:
             recall = 0.99
@@ -409,13 +417,7 @@ class Index:
             raise DataError(
                 "ndcg_loss needs the qrels that it is measured by, and stands in place of recall."
             )
-        for name, value, most in (
-            ("recall", recall, 1.0),
-            ("confidence", confidence, 1.0),
-            ("ndcg_loss", ndcg_loss, 1.0),
-        ):
-            if value is not None and not 0 < value <= most:
-                raise DataError(f"{name} {value} is a share: above 0, at most 1.")
+        planner.check(recall, ndcg_loss, confidence, k, n_queries)
         view = self._seen()
         labels = None
         if qrels is not None:

@@ -145,6 +145,31 @@ class Planned:
         return {one.plan: bound.lower for one, bound in tested}
 
 
+def check(
+    recall: float | int | None,
+    ndcg_loss: float | int | None,
+    confidence: float | int,
+    k: int,
+    n_queries: int | None,
+) -> None:
+    """Raise `DataError` for settings that do not fit, before anything is measured or built."""
+    if recall is not None and not 0 < recall <= 1:
+        raise DataError(f"recall {recall} is a share: above 0, at most 1. Write 0.99 for 99%.")
+    for name, value, fits in (
+        ("ndcg_loss", ndcg_loss, "0.005"),
+        ("confidence", confidence, "0.95 for 95%"),
+    ):
+        if value is not None and not 0 < value < 1:
+            raise DataError(f"{name} {value} is a share: above 0, below 1. Write {fits}.")
+    if k < 1:
+        raise DataError(f"k={k}: there is no recall of no neighbours. Give 1 or more.")
+    if n_queries is not None and n_queries < 2 * _LEAST:
+        raise DataError(
+            f"n_queries={n_queries}: half of them choose and half certify. Give {2 * _LEAST} or "
+            f"more (200 say something), or leave it out for all."
+        )
+
+
 def find(
     choosing: Trials,
     certifying: Trials,
@@ -206,7 +231,7 @@ def find(
             certifying.recall(best.plan), confidence=confidence, seed=seed
         )
         said = (
-            f"{_costs(best)}; recall@{k} is at least {lower:.3f} with {confidence:.0%} confidence"
+            f"{_costs(best)}; recall@{k} is at least {lower:.3f} with {_percent(confidence)} confidence"
             f"{_of_whom(gallery_like)}."
         )
         return Planned(best.plan, sentence=said, **common)
@@ -214,7 +239,7 @@ def find(
         return Planned(None, sentence=_cannot(affordable, tested, proof, recall, common), **common)
     best, bound = tested[proof.n_held - 1], proof.bounds[proof.n_held - 1]
     said = (
-        f"{_costs(best)}; recall@{k} is at least {recall:g} with {confidence:.0%} confidence"
+        f"{_costs(best)}; recall@{k} is at least {recall:g} with {_percent(confidence)} confidence"
         f"{_of_whom(gallery_like)} (measured {bound.mean:.4f} on {bound.n:,} queries that took "
         f"no part in choosing)."
     )
@@ -287,10 +312,14 @@ def _by_ndcg(
     best, loss = tested[proof.n_held - 1], losses[proof.n_held - 1]
     said = (
         f"{_costs(best)}; {name} is at most {most:g} below that of exact full-size search with "
-        f"{confidence:.0%} confidence (measured {loss.mean:+.4f} on {loss.n:,} queries that took "
+        f"{_percent(confidence)} confidence (measured {loss.mean:+.4f} on {loss.n:,} queries that took "
         f"no part in choosing)."
     )
     return Planned(best.plan, sentence=said, losses=losses, **common)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%"
 
 
 def _costs(one: Measured) -> str:

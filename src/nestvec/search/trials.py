@@ -27,6 +27,7 @@ Queries = NDArray[np.float32]
 Labels = Sequence[Mapping[str, int]]  #: for each query, document id -> grade, > 0 is relevant
 
 _FAR = np.iinfo(np.int32).max  # the place of what is not in a shortlist
+_ROWS = 2000  # of the gallery, in place of queries
 _BLOCK = 1000  # queries that are timed, and that a thread takes at once
 _REPEATS = 3
 _MOST_REPEATS = 20
@@ -212,13 +213,15 @@ def draw(
     queries: Queries | None,
     *,
     k: int,
-    n: int,
+    n: int | None,
     seed: int,
     labels: Labels | None = None,
     show_progress: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Trials:
-    """Draw ``n`` queries in random order, or rows of the gallery, and find their true neighbours.
+    """Put ``n`` queries in random order, or rows of the gallery, and find their true neighbours.
+
+    None for all queries, or for as many rows as usually do.
 
     Raises
     ------
@@ -234,7 +237,7 @@ def draw(
     if queries is None:
         alive = view.everyone.derived
         rows = np.flatnonzero(alive) if len(alive) else np.arange(len(view.generation))
-        own = np.sort(rng.choice(rows, min(n, len(rows)), replace=False))
+        own = np.sort(rng.choice(rows, min(n or _ROWS, len(rows)), replace=False))
         asked = view.generation.mirror.unit(own)
         order = rng.permutation(len(own))
         asked, own = asked[order], own[order]
