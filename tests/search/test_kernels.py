@@ -231,6 +231,20 @@ def test_fold_agrees_with_its_twin_and_steps_are_of_each_query(rng):
     assert not ours[:, 33:].any()
 
 
+@pytest.mark.parametrize("size", [1e-40, 1e-36, 1e-30])
+def test_a_query_of_the_smallest_numbers_folds_as_it_does_at_length_one(rng, size):
+    queries = (rng.normal(size=(200, 40)) * size).astype(np.float32)
+    scale = (0.01 * rng.random(33)).astype(np.float32)
+    lifted = (queries.astype(np.float64) / size).astype(np.float32)
+    ours, plain, wanted = (np.ones((200, 64), np.int8) for _ in range(3))
+    _numba.fold(queries, scale, ours)
+    _numpy.fold(queries, scale, plain)
+    _numpy.fold(lifted, scale, wanted)
+    np.testing.assert_array_equal(ours, plain)
+    assert (ours != wanted).mean() < 1e-3  # the halves between two steps
+    np.testing.assert_allclose(ours, wanted, atol=1)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_unit_agrees_with_its_twin_and_names_what_changed(rng, dtype):
     vectors = rng.normal(size=(N, DIM)).astype(dtype)

@@ -20,7 +20,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic as _numba_intrinsic
 
-from nestvec.search.kernels._numpy import LEVELS, NOTHING, OFFSET
+from nestvec.search.kernels._numpy import LEVELS, NOTHING, OFFSET, SMALL
 
 intrinsic: Any = _numba_intrinsic  # its first argument is the compiler's, not the caller's
 
@@ -28,7 +28,7 @@ _LINE = 64  # bytes that come together from memory
 _TILE_BYTES = 1 << 18  # codes that stay in a core's own cache
 _STAMPS = 1 << 16  # queries after which the marks of rows met are cleared
 _AHEAD = 4  # rows between asking for a vector and using it
-_SMALL = np.float32(1e-30)  # sums of squares that may have lost what is smaller
+_SMALL = np.float32(SMALL)
 _CLOCK = np.int32(time.CLOCK_MONOTONIC)
 _FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and Inf stay what they are
 
@@ -402,6 +402,18 @@ def walk(
 
 
 @_compiled
+def _fold_small(query: Any, scale: Any, folded: Any) -> None:
+    """Fold a query whose products float32 cannot hold, or one that is all zeros."""
+    dim, largest = scale.shape[0], 0.0
+    for j in range(dim):
+        largest = max(largest, abs(np.float64(query[j]) * scale[j]))
+    step = largest / LEVELS if largest > 0 else 1.0
+    for j in range(dim):
+        folded[j] = np.int8(np.rint(np.float64(query[j]) * scale[j] / step))
+    folded[dim:] = 0
+
+
+@_compiled
 def fold(queries: Any, scale: Any, out: Any) -> None:
     dim = scale.shape[0]
     for place in range(queries.shape[0]):
@@ -409,7 +421,10 @@ def fold(queries: Any, scale: Any, out: Any) -> None:
         largest = np.float32(0)
         for j in range(dim):
             largest = max(largest, abs(query[j] * scale[j]))
-        step = largest / np.float32(LEVELS) if largest > 0 else np.float32(1)
+        if largest < _SMALL:
+            _fold_small(query, scale, folded)
+            continue
+        step = largest / np.float32(LEVELS)
         for j in range(dim):
             folded[j] = np.int8(np.rint(query[j] * scale[j] / step))
         folded[dim:] = 0

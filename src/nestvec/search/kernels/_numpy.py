@@ -11,6 +11,7 @@ import numpy as np
 
 LEVELS = 127  # steps to each side of zero
 OFFSET = 128  # what a code adds, so that none is below zero
+SMALL = 1e-30  # sums and products of float32 below it may have lost what is smaller
 NOTHING = -1  # the row number that fills a shortlist which found too few
 
 
@@ -97,10 +98,13 @@ def walk(
 
 
 def fold(queries: Any, scale: Any, out: Any) -> None:
-    folded = queries[:, : len(scale)] * scale
-    step = np.abs(folded).max(axis=1, keepdims=True) / np.float32(LEVELS)
-    out[:, : len(scale)] = np.rint(folded / np.where(step > 0, step, np.float32(1)))
-    out[:, len(scale) :] = 0
+    for query, some in zip(queries[:, : len(scale)], out, strict=True):
+        folded = query * scale
+        if np.abs(folded).max() < np.float32(SMALL):
+            folded = query.astype(np.float64) * scale
+        step = np.abs(folded).max() / folded.dtype.type(LEVELS)
+        some[: len(scale)] = np.rint(folded / step) if step > 0 else 0
+        some[len(scale) :] = 0
 
 
 def rescore(codes: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> None:
