@@ -31,7 +31,7 @@ def index_of(path, n, precision="float32"):
 
 
 def one_by_one(plan, generation, queries, mask):
-    planned = engine.Planned(plan, generation)
+    planned = engine.Runner(plan, generation)
     assert planned.fused is not None
     planned.fused = None
     return planned(queries, mask)
@@ -45,7 +45,7 @@ def test_a_fused_plan_is_its_stages_one_by_one(tmp_path, precision, n):
     for text in PLANS:
         plan = Plan.parse(text)
         wanted_rows, wanted, short, said = one_by_one(plan, view.generation, queries, view.everyone)
-        fused = engine.Planned(plan, view.generation)
+        fused = engine.Runner(plan, view.generation)
         for some in [slice(0, 25), slice(3, 4)]:
             found, scores, lists, told = fused(queries[some], view.everyone)
             np.testing.assert_array_equal(found, wanted_rows[some])

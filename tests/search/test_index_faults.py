@@ -574,9 +574,15 @@ def test_a_row_whose_first_numbers_are_zeros_is_no_trouble(tmp_path):
         assert again or index.stats()["fresh_rows"] == 1
     with pytest.raises(DataError, match="queries: row 0 is all zeros at 8 dims"):
         index.search(rows[5], dims=8)
+    for n in (1, 5):  # few queries are scored by another kernel than many
+        asked = np.concatenate([QUERIES[: n - 1], rows[5:6]])
+        with pytest.raises(DataError, match=f"queries: row {n - 1} is all zeros at 8 dims"):
+            index.search(asked, plan="exact 8@20 > 32@10")
+        with pytest.raises(DataError, match=f"queries: row {n - 1} is all zeros at 8 dims"):
+            index.search(asked, plan="exact 4:int8@900 > 8@20 > 32@10")
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e25], ids=["tiny", "huge"])
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25], ids=["least", "tiny", "huge"])
 def test_the_scale_of_a_row_or_a_query_changes_nothing(tmp_path, scale):
     space = nv.Space.declared("bare", dim=DIM, nesting_dims=(8, DIM), normalisation="none")
     rows = index_writer.vectors(list(range(300)), 1)

@@ -96,6 +96,17 @@ def check(plan: Plan, generation: Generation) -> None:
             )
 
 
+def parts(plan: Plan) -> set[str]:
+    """Return the names of what a plan reads beside full vectors, as a generation has them."""
+    first, *rest = plan.cascade.stages
+    found = set() if plan.structure == "exact" else {plan.structure}
+    if plan.structure == "lists":
+        found.add(f"listed-{first.dim}")
+    elif plan.structure not in PEERS:
+        rest = [first, *rest]
+    return found | {f"codes-{stage.dim}" for stage in rest if stage.precision == "int8"}
+
+
 def _check_peer(plan: Plan, full: int) -> None:
     """Raise `PlanError` unless the first stage is what an index of faiss does."""
     first, *rest = plan.cascade.stages
@@ -117,15 +128,18 @@ def run(
 ) -> Found:
     """Run ``plan`` for queries (m, full dim) over the rows of ``mask``; raises `PlanError`."""
     last = plan.cascade.stages[-1]
-    if last.dim < queries.shape[1]:
-        normalise(np.ascontiguousarray(queries[:, : last.dim]), name="queries")  # or say which not
+    for stage in plan.cascade.stages:
+        if stage.dim < queries.shape[1] and (stage is last or stage.precision == "float32"):
+            # or say which of them has no direction
+            normalise(np.ascontiguousarray(queries[:, : stage.dim]), name="queries")
     if mask.n_derived == 0:
         check(plan, view.generation)
         rows, scores = (
             np.empty((len(queries), 0), np.int64),
             np.empty((len(queries), 0), np.float32),
         )
-        shortlists, stages = (), ()
+        said = [{"stage": str(one), "rows_scored": 0, "ms": 0.0} for one in plan.cascade.stages]
+        shortlists, stages = (rows,) * len(said), said
     else:
         work = _prepared(plan, view, mask)
         if len(queries) < 2 * _LEAST_PER_THREAD:
@@ -154,7 +168,7 @@ def _prepared(plan: Plan, view: View, mask: Mask) -> Callable[..., Any]:
         check(plan, generation)
         if len(view.prepared) >= _PLANS_KEPT:
             view.prepared.clear()
-        made = _Decoded if plan.cascade.stages[-1].precision == "int8" else Planned
+        made = _Decoded if plan.cascade.stages[-1].precision == "int8" else Runner
         found = view.prepared[plan] = made(plan, generation)
     return found
 
@@ -205,7 +219,7 @@ def _with_fresh(
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-class Planned:
+class Runner:
     """A plan as a function of queries and a mask; threads may call it together."""
 
     def __init__(self, plan: Plan, generation: Generation) -> None:
@@ -280,7 +294,7 @@ class _Decoded:
         *before, self.last = plan.cascade.stages
         stages = before or [Stage(self.last.dim, _SPARE * self.last.keep, "int8")]
         self.alone = not before
-        self.shortlist = Planned(Plan(Cascade(stages), plan.structure, plan.knobs), generation)
+        self.shortlist = Runner(Plan(Cascade(stages), plan.structure, plan.knobs), generation)
         self.score = _scorer(plan, generation)
 
     def __call__(self, queries: Queries, mask: Mask) -> Any:

@@ -49,7 +49,7 @@ class Fused:
         )
 
     def __call__(self, queries: NDArray[np.float32]) -> Any:
-        """Return what `engine.Planned` does."""
+        """Return what `engine.Runner` does."""
         m = len(queries)
         short = np.empty((m, self.width), np.int32)
         scores = np.empty((m, self.answers), np.float32)

@@ -153,7 +153,7 @@ class Trials:
     def _walked(self, plan: Plan, longest: int) -> Walk:
         (stage,) = plan.cascade.stages
         longer = Stage(stage.dim, longest + self.spare, stage.precision)
-        run = engine.Planned(
+        run = engine.Runner(
             Plan(Cascade([longer]), plan.structure, plan.knobs), self.view.generation
         )
         everyone = self.view.everyone
