@@ -10,6 +10,8 @@ import pytest
 import nestvec as nv
 from nestvec._checks import normalise
 from nestvec.errors import DataError, PlanError, SpaceMismatchError, StorageError
+from nestvec.search import engine
+from nestvec.search.cascade import Plan
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
 from nestvec.search.store import Batch
@@ -103,6 +105,19 @@ def test_explain_says_where_each_answer_stood(index, queries):
         assert first[answer["place"]["8:int8@60"] - 1] == answer["id"]
 
 
+def test_explain_calls_every_row_fresh_while_nothing_is_derived(tmp_path, queries):
+    index = Index.create(tmp_path / "a.nest", SPACE, durability="process")
+    index.search(queries)
+    index.add(rows(5), ids=range(5))
+    said = index.search(queries, plan="exact 8:int8@60 > 32@10").explain(3)
+    assert said["stages"] == [
+        {"stage": stage, "rows_scored": 0, "ms": 0.0} for stage in ("8:int8@60", "32@10")
+    ]
+    assert len(said["answers"]) == 5
+    for answer in said["answers"]:
+        assert answer["place"] == {"8:int8@60": "fresh", "32@10": "fresh"}
+
+
 @pytest.mark.parametrize("plan", WIDE.values(), ids=WIDE)
 def test_writes_are_seen_at_once_by_this_and_other_handles(index, queries, plan):
     """A hundred chance writes beside a dictionary, which is searched by hand."""
@@ -140,6 +155,67 @@ def test_compaction_leaves_no_fresh_and_no_dead_rows(index, queries):
     assert (after["fresh_rows"], after["dead_rows"], after["versions"]) == (0, 0, 1)
     assert set(after["structures"]) == set(before["structures"])
     assert len(list((index.path / "derived").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "read"),
+    [
+        ("exact 32@10", []),
+        ("exact 8:int8@60 > 16:int8@30 > 32@10", ["codes-16", "codes-8"]),
+        ("graph 16:int8@60 > 32@10", ["codes-16", "graph"]),
+        ("lists 16:int8@10", ["listed-16", "lists"]),
+        ("lists 16:int8@60 > 32:int8@10", ["codes-32", "listed-16", "lists"]),
+        ("faiss_hnsw_sq8 32:int8@60 > 32@10", ["faiss_hnsw_sq8"]),
+    ],
+)
+def test_the_parts_of_a_plan_are_those_that_it_makes(index, queries, plan, read):
+    index.search(queries, plan=plan)
+    assert index._seen().generation.names() == read == sorted(engine.parts(Plan.parse(plan)))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_compaction_drops_codes_that_the_stored_plan_does_not_read(index, queries, changed):
+    index.search(queries, plan=WIDE["lists"])
+    index.search(queries, plan=WIDE["three stages"])
+    index.set_plan("graph 16:int8@60 > 32@10")
+    index.search(queries)
+    if changed:
+        index.delete([7])
+    index.compact()
+    wanted = {"vectors", "graph", "lists", "codes-16"}
+    assert {path.name for path in index.path.glob("derived/*/*")} == wanted
+    assert not index._seen().generation._loaded
+    assert set(index.search(queries).ids[:, 0]) <= set(range(1000))
+
+
+def test_a_reader_takes_over_what_has_its_structures_whatever_codes_it_used(index, queries):
+    reader = Index.open(index.path)
+    reader.search(queries, plan=WIDE["graph"])
+    reader.search(queries, plan=WIDE["three stages"])
+    index.set_plan(WIDE["graph"])
+    index.delete([7])
+    index.compact()
+    assert reader.stats()["dead_rows"] == 0
+
+
+def test_stats_count_what_writes_filters_and_walks_hold(index, queries):
+    def held():
+        return index.stats()["resident_bytes"]
+
+    def told(work):
+        before = held()
+        work()
+        return held() - before
+
+    index.search(queries, plan=WIDE["graph"])
+    (scratch,) = index._seen().generation.graph()._scratches
+    graph, codes = index._seen().generation.graph(), index._seen().generation.codes(DIM)
+    mirror = index._seen().generation.mirror.resident_bytes
+    assert held() == mirror + graph.nbytes + codes.nbytes + sum(part.nbytes for part in scratch)
+    assert scratch[0].nbytes == 2 * 1000
+    # a byte a row that lives, four a place, and the row that a fragment has no place for
+    assert told(lambda: index.delete([7])) == 1000 + 4 * 999
+    assert told(lambda: index.search(queries, filter="id < 5")) == 1000
 
 
 def test_a_reader_goes_on_through_a_compaction(index, queries):

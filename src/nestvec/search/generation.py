@@ -119,6 +119,7 @@ class Generation:
                 made = cls(gathered(mirror.in_memory, folder), show_progress=show_progress)
             for name in parts:
                 made.make(name)
+                made.release()  # nobody has asked for it yet
             if lock is not None:
                 sealed.put_in_place(folder)
                 made.folder, made.mirror.folder = folder, folder / "vectors"
@@ -198,7 +199,9 @@ class Generation:
 
     def resident_bytes(self) -> int:
         """Return the bytes of arrays that were loaded into memory (the vectors are mapped)."""
-        return self.mirror.resident_bytes + sum(one.nbytes for one in [*self._loaded.values()])
+        held = self.mirror.resident_bytes + sum(one.nbytes for one in [*self._loaded.values()])
+        walked = self._loaded.get("graph")
+        return held if walked is None else held + walked.scratch_bytes
 
     def release(self) -> None:
         """Let go of structures that can be loaded from disk again."""

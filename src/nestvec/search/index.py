@@ -43,11 +43,14 @@ class Hits:
     Attributes
     ----------
     ids : (n_queries, k)
-        Best first, equal scores by the row that was stored first. Where fewer than k rows could be
-        found the rest is -1, or an empty text, with a NaN score.
+        Best first, equal scores by the row that was stored first. Scores are right to the rounding
+        of float32: which of two rows that are closer than that (some 1e-7) comes first may depend
+        on the size of the batch, and on whether one was written since. Where fewer than k rows
+        could be found the rest is -1, or an empty text, with a NaN score.
     scores : (n_queries, k) float32
         Cosine at the last stage's size; if that stage is of codes (``:int8``), with what they
-        stand for, which is off by some thousandths. Rows written since are always scored exactly.
+        stand for, which is off by some thousandths. Rows written since are always scored by their
+        full vectors.
     plan
         What was run.
     version
@@ -483,13 +486,21 @@ class Index:
         """Make the record small again, and derive everything anew from its newest version.
 
         The structures that stand are built again over all rows, so that none are fresh; searches
-        go on meanwhile. Returns the bytes of the record that became free.
+        go on meanwhile. Codes that the stored plan does not read go: `plan` leaves those of all
+        that it tried. Returns the bytes of the record that became free.
         """
+        plan = self.plan_stored
         with self._written() as store:
             freed = store.compact(keep_versions=keep_versions)
         old = self._seen()
+        names = old.generation.names()
+        wanted = {*names} if plan is None else {*engine.KNOWN, *engine.parts(plan)}
         if old.n_fresh or old.n_dead:
-            self._renewed(old, old.generation.names())
+            self._renewed(old, [name for name in names if name in wanted])
+        else:
+            old.release()
+            for name in {*names} - wanted:
+                old.generation.remove(name)
         del old  # what it held may go now
         self._derived.sweep(self._seen().generation)
         with self._written() as store:  # the version that this index was reading until now
@@ -619,7 +630,8 @@ class Index:
                 view = View(snapshot, made)
             elif view.snapshot is not snapshot:
                 old = view.generation  # compacted by another process, it may be old indeed
-                newer = self._derived.newest(snapshot, after=old.version, having=old.names())
+                slow = {*engine.KNOWN} & {*old.names()}
+                newer = self._derived.newest(snapshot, after=old.version, having=slow)
                 view = View(snapshot, newer or old, view)
             self._view = view
         if view.n_fresh > max(_MANY, view.everyone.n_derived):

@@ -32,6 +32,13 @@ class _Fragment:
         self.row_ids = row_ids
         self._read: tuple[NDArray[np.float32], NDArray[Any]] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        held = [self.row_ids, *(self._read or ())]
+        if not isinstance(self.places, slice):
+            held.append(self.places)
+        return sum(array.nbytes for array in held)
+
     def read(self, snapshot: Snapshot) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return the vectors and the ids of the fresh rows; read once."""
         if self._read is None:
@@ -96,10 +103,15 @@ class View:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of fresh rows and of the join, in memory."""
-        fresh = 0 if self._fresh is None else self._fresh[0].nbytes
-        unit = sum(vectors.nbytes for vectors in [*self._unit.values()])
-        return fresh + unit + (0 if self._order is None else self._order.nbytes)
+        """Bytes of fresh rows, of the join and of filters, in memory."""
+        masks = [self.everyone, *self._filtered.copy().values()]
+        held = [self.fresh_row_ids, *(array for mask in masks for array in mask[:2])]
+        held += [] if self._order is None else [self._order]
+        held += [] if self._fresh is None else self._fresh
+        held += self._unit.copy().values()
+        return sum(array.nbytes for array in held) + sum(
+            fragment.nbytes for fragment in self._fragments.values()
+        )
 
     def release(self) -> None:
         """Let go of structures that can be loaded from disk again."""

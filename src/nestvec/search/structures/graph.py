@@ -117,6 +117,11 @@ class Graph:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that walks write to, kept for the next ones."""
+        return sum(seen.nbytes + clock.nbytes for seen, clock in [*self._scratches])
+
     def borrow(self) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
         """Lend a thread what its walk writes to; `give_back` keeps it for the next."""
         try:
