@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nestvec.errors import DataError, DimensionError
 
+_LONGEST_ID = 1000  # characters
 _BLOCK = 65_536  # rows looked at together, so that checking a memory map stays small
 
 
@@ -71,7 +73,11 @@ def as_ids(ids: Any, n: int, *, name: str = "ids", first_row: int = 0) -> NDArra
 
     ``first_row`` is the number of the first row, for messages.
     """
+    if isinstance(ids, (list, tuple)):
+        _check_texts(ids, name, first_row)
     array = np.asarray(ids)
+    if array.dtype.kind == "O" or array.dtype.itemsize > 4 * _LONGEST_ID:
+        _check_texts(array.ravel().tolist(), name, first_row)
     if array.dtype.kind in "iu":
         if array.size and array.max() > np.iinfo(np.int64).max:
             raise DataError(f"{name}: id {array.max()} does not fit int64; pass ids as strings.")
@@ -97,6 +103,22 @@ def as_ids(ids: Any, n: int, *, name: str = "ids", first_row: int = 0) -> NDArra
             f"{rows[0]} and {rows[1]}. Ids must be unique."
         )
     return array
+
+
+def _check_texts(ids: Sequence[Any], name: str, first_row: int) -> None:
+    """Refuse what numpy's texts, all as wide as the longest and ended by NUL, cannot hold."""
+    for row, one in enumerate(ids, first_row):
+        if not isinstance(one, str):
+            continue
+        if len(one) > _LONGEST_ID:
+            raise DataError(
+                f"{name}: the id of row {row} has {len(one):,} characters, and {_LONGEST_ID:,} are "
+                f"the most: {one[:40]!r}... Keep long texts beside the ids."
+            )
+        if one.endswith("\0"):
+            raise DataError(
+                f"{name}: the id of row {row}, {one!r}, ends in a NUL character. Strip it."
+            )
 
 
 def is_unicode(text: str) -> bool:

@@ -75,6 +75,15 @@ def test_rows_are_taken_with_their_ids(vectors, rows):
     assert taken.ids.tolist() == np.atleast_1d(vectors.ids[rows]).tolist()
 
 
+def test_row_numbers_stay_row_numbers_whatever_becomes_of_the_rows(vectors):
+    bare = Embeddings(vectors.array, FREE)
+    for some in (bare, bare[5:], bare[3], bare.normalised(), bare.normalised().prefix(4)):
+        assert not some.has_ids
+    for some in (vectors, vectors[5:], vectors.normalised()):
+        assert some.has_ids
+    assert bare[5:].ids.tolist() == list(range(5, 20))
+
+
 def test_iterating_ends_at_the_last_row(vectors):
     assert [one.ids[0] for one in vectors] == vectors.ids.tolist()
 

@@ -72,6 +72,15 @@ def test_integer_ids_stay_integers(vectors, end, tmp_path):
     _assert_same(nv.load(numbered.save(tmp_path / f"x{end}")), numbered)
 
 
+def test_rows_without_ids_come_back_without_ids(vectors, end, tmp_path):
+    bare = Embeddings(vectors.array, SPACE)
+    again = nv.load(bare.save(tmp_path / f"x{end}"))
+    _assert_same(again, bare)
+    assert not again.has_ids
+    _assert_same(nv.load(bare[3:5].save(tmp_path / f"y{end}")), bare[3:5])
+    assert nv.load(vectors.save(tmp_path / f"z{end}")).has_ids
+
+
 def test_one_row_and_a_cut_space_survive(vectors, end, tmp_path):
     one = vectors[:1].prefix(8)
     _assert_same(nv.load(one.save(tmp_path / f"x{end}")), one)

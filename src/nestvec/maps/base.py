@@ -139,9 +139,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
         if isinstance(X, Embeddings):
             space = self._space(X.space)
             rows = self._map(self._take(X, reset=False))
-            return Embeddings(
-                _checks.normalise(rows) if space.has_unit_rows else rows, space, X.ids
-            )
+            return X.replaced(_checks.normalise(rows) if space.has_unit_rows else rows, space)
         return self._map(self._take(X, reset=False, allow_zero_rows=True))
 
     @property

@@ -32,11 +32,15 @@ class Raw(NamedTuple):
 # --- safetensors ----------------------------------------------------------------------------------
 
 
-def _write_safetensors(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str) -> None:
+def _write_safetensors(
+    path: Path, array: NDArray[np.float32], ids: NDArray | None, stamp: str
+) -> None:
     from safetensors.numpy import save_file
 
     tensors: dict[str, NDArray] = {"vectors": np.ascontiguousarray(array)}
-    if ids.dtype.kind == "i":
+    if ids is None:
+        pass
+    elif ids.dtype.kind == "i":
         tensors["ids"] = ids
     else:  # safetensors has no text: the bytes of all ids, and where each one ends
         encoded = [str(i).encode() for i in ids]
@@ -65,9 +69,10 @@ def _read_safetensors(path: Path) -> Raw:
 # --- numpy ----------------------------------------------------------------------------------------
 
 
-def _write_npz(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str) -> None:
+def _write_npz(path: Path, array: NDArray[np.float32], ids: NDArray | None, stamp: str) -> None:
     with path.open("wb") as file:  # a handle, or numpy would add its own ending
-        np.savez(file, vectors=array, ids=ids, nestvec=np.array(stamp))
+        named: dict[str, Any] = {} if ids is None else {"ids": ids}
+        np.savez(file, vectors=array, **named, nestvec=np.array(stamp))
 
 
 def _read_npz(path: Path) -> Raw:
@@ -100,11 +105,13 @@ def _lance() -> Any:
     return require("lance", extra="index", why="reading and writing Lance datasets")
 
 
-def _to_table(array: NDArray[np.float32], ids: NDArray, stamp: str) -> Any:
+def _to_table(array: NDArray[np.float32], ids: NDArray | None, stamp: str) -> Any:
     pa = _arrow()
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(array.ravel()), array.shape[1])
-    id_column = pa.array(ids if ids.dtype.kind == "i" else ids.tolist())
-    table = pa.table({"id": id_column, "vector": vectors})
+    columns = {"vector": vectors}
+    if ids is not None:
+        columns = {"id": pa.array(ids if ids.dtype.kind == "i" else ids.tolist()), **columns}
+    table = pa.table(columns)
     return table.replace_schema_metadata({_STAMP: stamp})
 
 
@@ -139,7 +146,7 @@ def _id_array(column: Any, pa: Any) -> Any:
     return column.to_numpy() if pa.types.is_integer(column.type) else column.to_pylist()
 
 
-def _write_parquet(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str) -> None:
+def _write_parquet(path: Path, array: NDArray[np.float32], ids: NDArray | None, stamp: str) -> None:
     table = _to_table(array, ids, stamp)
     parquet = require("pyarrow.parquet", extra="index", why="writing Parquet files")
     parquet.write_table(table, path, compression="none", **_PARQUET)
@@ -150,7 +157,7 @@ def _read_parquet(path: Path) -> Raw:
     return _from_table(parquet.ParquetFile(path, page_checksum_verification=True).read())
 
 
-def _write_ipc(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str) -> None:
+def _write_ipc(path: Path, array: NDArray[np.float32], ids: NDArray | None, stamp: str) -> None:
     pa = _arrow()
     table = _to_table(array, ids, stamp)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -168,7 +175,7 @@ def _read_ipc(path: Path) -> Raw:
     return _from_table(table)
 
 
-def _write_lance(path: Path, array: NDArray[np.float32], ids: NDArray, stamp: str) -> None:
+def _write_lance(path: Path, array: NDArray[np.float32], ids: NDArray | None, stamp: str) -> None:
     _lance().write_dataset(_to_table(array, ids, stamp), str(path))
 
 
@@ -299,7 +306,7 @@ def _only(names: Sequence[str], preferred: Sequence[str], what: str) -> str:
     )
 
 
-Write = Callable[[Path, NDArray[np.float32], NDArray, str], None]
+Write = Callable[[Path, NDArray[np.float32], NDArray | None, str], None]
 Read = Callable[[Path], Raw]
 
 WRITERS: Mapping[str, Write] = {

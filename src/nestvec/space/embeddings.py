@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Embeddings:
     space
         Where the rows live; ``space.size`` must equal the number of columns.
     ids : (n,) int64 or str, optional
-        Unique; row numbers if not given.
+        Unique; row numbers if not given, and ``has_ids`` is False then.
 
     Examples
     --------
@@ -43,6 +43,8 @@ class Embeddings:
     array: NDArray[np.float32]
     space: Space
     ids: NDArray[Any]
+    has_ids: bool = field(init=False)
+    """Whether the ids were given. Row numbers say nothing beyond these rows."""
 
     def __init__(self, array: ArrayLike, space: Space, ids: ArrayLike | None = None) -> None:
         matrix = _checks.as_matrix(array)
@@ -53,6 +55,7 @@ class Embeddings:
             )
         if space.has_unit_rows:
             _check_unit_rows(matrix, space)
+        object.__setattr__(self, "has_ids", ids is not None)
         ids = np.arange(len(matrix)) if ids is None else ids
         object.__setattr__(self, "array", matrix)
         object.__setattr__(self, "space", space)
@@ -69,7 +72,22 @@ class Embeddings:
         if isinstance(rows, (int, np.integer)):
             row = range(len(self))[rows]  # IndexError beyond the end, so that iterating ends
             rows = slice(row, row + 1)
-        return Embeddings(self.array[rows], self.space, self.ids[rows])
+        return self.replaced(self.array[rows], self.space, self.ids[rows])
+
+    def replaced(
+        self, array: ArrayLike, space: Space, ids: NDArray[Any] | None = None
+    ) -> Embeddings:
+        """Return other vectors of the same things, or with ``ids`` of some: ids stay what they are.
+
+        Examples
+        --------
+        >>> space = Space.declared("my-model", dim=4)
+        >>> Embeddings(np.eye(4), space).replaced(np.eye(4)[::-1], space).has_ids
+        False
+        """
+        found = Embeddings(array, space, self.ids if ids is None else ids)
+        object.__setattr__(found, "has_ids", self.has_ids)
+        return found
 
     @property
     def dim(self) -> int:
@@ -101,14 +119,14 @@ class Embeddings:
         if dim == self.dim:
             return self
         cut = _checks.normalise(self.array[:, :dim], name="prefix")
-        return Embeddings(cut, space, self.ids)
+        return self.replaced(cut, space)
 
     def normalised(self) -> Embeddings:
         """Return the vectors with every row at length 1; nothing changes if they are already."""
         if self.space.has_unit_rows:
             return self
         space = replace(self.space, normalisation="l2")
-        return Embeddings(_checks.normalise(self.array), space, self.ids)
+        return self.replaced(_checks.normalise(self.array), space)
 
     def rows_of(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Return the row numbers of some ids; an unknown id is a `DataError`."""

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from nestvec import _checks
 from nestvec._atomic import written_beside
 from nestvec.errors import (
@@ -59,8 +61,11 @@ def save(embeddings: Embeddings, path: str | os.PathLike[str]) -> Path:
             f"Choose one of {', '.join(STAMPED)}."
         )
     stamp = json.dumps(embeddings.space.to_dict(), sort_keys=True)
+    ids = embeddings.ids
+    if not embeddings.has_ids and np.array_equal(ids, np.arange(len(ids))):
+        ids = None  # whoever reads it numbers the rows alike, and knows that they had none
     with written_beside(path, ours=parts_of(path)) as scratch:
-        write(scratch, embeddings.array, embeddings.ids, stamp)
+        write(scratch, embeddings.array, ids, stamp)
     return path
 
 
