@@ -190,6 +190,36 @@ def test_many_ids_are_found_as_few_are(tmp_path, rng):
         store.snapshot.rows_of([*range(20_000), 30_000, -1])
 
 
+def test_one_id_is_as_good_as_a_list_of_one(store, tmp_path):
+    store.append(batch(["a", "b"]))
+    numbers = Store.create(tmp_path / "y.nest", SPACE, id_type="int")
+    numbers.append(Batch(np.eye(3, 4), [5, 6, 7]))
+    for some, one in ((store, "b"), (numbers, 6), (numbers, np.int64(6)), (numbers, np.array(6))):
+        assert some.snapshot.ids_of(some.snapshot.rows_of(one)).tolist() == [one]
+    assert store.delete("b").deleted == 1
+    assert numbers.delete({5, 7}).deleted == 2
+
+
+def test_a_store_appears_with_its_first_rows(tmp_path):
+    def rows():
+        assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+        yield batch(["a", "b"])
+        yield batch(["c"])
+
+    made = Store.create(tmp_path / "x.nest", SPACE, id_type="str", payload=PAYLOAD, rows=rows())
+    assert (made.version, made.count) == (2, 3)
+    assert made.check().ok
+    assert not made.check().waste
+    assert made.upsert(batch(["c", "d"])) == (3, 1, 1, 0)
+
+
+def test_first_rows_that_do_not_fit_leave_nothing(tmp_path):
+    for rows in (batch(["a", "a"]), iter([batch(["a"]), batch([1])])):
+        with pytest.raises(DataError):
+            Store.create(tmp_path / "x", SPACE, id_type="str", payload=PAYLOAD, rows=rows)
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_come_in_the_order_asked_for(store):
     store.append(batch([f"d{n}" for n in range(9)], 5))
     rows = store.snapshot.rows_of(["d7", "d2", "d7"][:2])[[0, 1, 0]]
@@ -261,6 +291,13 @@ REFUSED = {
     "twice in two batches": ([batch(["n"]), batch(["n"])], DataError, "'n' stands in two batches"),
     "int ids": (_with(ids=[1, 2]), DataError, "ids of this index are strings, and 1 is none"),
     "no ids": (_with(ids=None), DataError, "rows without ids"),
+    "row numbers": (
+        _with(vectors=nv.Embeddings(np.ones((2, 4)), SPACE)[:2], ids=None),
+        DataError,
+        "row numbers would be the ids of other rows. Pass ids=",
+    ),
+    "long id": (_with(ids=["n", "x" * 1001]), DataError, "id of row 1 has 1,001 characters"),
+    "NUL": (_with(ids=["n", "n\0"]), DataError, "id of row 1, .* ends in a NUL"),
     "NaN": (_with(vectors=[[1, 2, 3, 4], [1, np.nan, 3, 4]]), DataError, "row 1 holds NaN or Inf"),
     "zeros": (_with(vectors=np.eye(2, 4) - np.eye(2, 4)), DataError, "row 0 is all zeros"),
     "dim": (_with(vectors=np.ones((2, 5))), DimensionError, "5 dims given"),
@@ -523,6 +560,21 @@ def test_two_versions_of_one_number_have_two_fingerprints(store, tmp_path):
     assert store.version == other.version
     assert store.snapshot.fingerprint != other.snapshot.fingerprint
     assert store.snapshot.fingerprint == Store.open(store.path).snapshot.fingerprint
+
+
+def test_a_version_that_is_compacted_while_it_is_looked_at_has_no_fingerprint(store, monkeypatch):
+    """Not the one of a version that cannot be read: what is derived from that is thrown away."""
+    for n in range(3):
+        store.upsert(batch(["a"], n))
+    snapshot = Store.open(store.path).snapshot
+    real = type(snapshot)._fingerprint_of
+
+    def late(self, version):
+        store.compact()
+        return real(self, version)
+
+    monkeypatch.setattr(type(snapshot), "_fingerprint_of", late)
+    assert snapshot.fingerprint_of(2) is None
 
 
 # --- compaction -----------------------------------------------------------------------------------

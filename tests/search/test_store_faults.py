@@ -510,7 +510,7 @@ def test_a_reader_that_could_not_say_so_is_told_what_happened(store):
     reader.snapshot.lease.release()  # as if it might not write to readers/
     store.upsert(store_writer.batch(list(range(10)), 5))
     store.compact()
-    with pytest.raises(StorageError, match=r"version 4 of .* removed by a compaction.* refresh"):
+    with pytest.raises(StorageError, match=r"version 4 of .* removed by a compaction.* again"):
         store_writer.held(reader)
     reader.refresh()
     assert store_writer.held(reader) == dict.fromkeys(range(10), 5)

@@ -58,7 +58,7 @@ _TYPED = {
     "pass allow_untrained=True": "add --allow-untrained",
     "with fresh=True": "with --fresh",
     "nestvec.Index.create() makes one": "nestvec index create makes one",
-    "upsert() replaces rows, append() only adds them": "nestvec index upsert replaces rows, add "
+    "upsert() replaces rows, add() only adds them": "nestvec index upsert replaces rows, add "
     "only adds them",
     "missing_ok=True deletes the others": "--missing-ok deletes the others",
     "with precision='float32'": "with --precision float32",

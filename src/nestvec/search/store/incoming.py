@@ -29,11 +29,14 @@ class Incoming:
 
 @contextlib.contextmanager
 def gathered(rows: Any, layout: Layout, folder: Path) -> Iterator[Incoming | None]:
-    """Yield the rows checked, or None if there are none.
+    """Yield the rows checked, or None if there are none; those that are checked as they are.
 
     An iterable is read to its end into a nameless file in ``folder`` first, so that nobody waits
     for a lock while a slow encoder makes the next batch, and only ids and one batch are in memory.
     """
+    if isinstance(rows, Incoming):
+        yield rows
+        return
     if isinstance(rows, (Batch, Embeddings)):
         table = layout.table(rows)
         yield Incoming(table, table["id"])

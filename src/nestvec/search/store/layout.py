@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from nestvec.space import Embeddings, Space
 
 pa = require("pyarrow", extra="index", why="an index")
 
+#: One id or many.
+Ids = ArrayLike | int | Iterable[Any]
 #: The version of the folder's layout; a newer one is refused.
 FORMAT = 1
 STAMP = "nestvec.json"
@@ -37,7 +39,7 @@ class Batch:
     vectors : (n, dim)
         Converted to float32 and checked; `Embeddings` have to be of the index' Space.
     ids : (n,) int or str, optional
-        Unique. Embeddings bring their own.
+        Unique; a text has at most 1,000 characters. Embeddings bring their own, if they have any.
     payload : mapping of column to n values, or pyarrow.Table, optional
         Exactly the columns the index was created with.
     """
@@ -137,15 +139,18 @@ class Layout:
         if not isinstance(batch, Batch):
             raise DataError(
                 f"a {type(batch).__name__} was given where rows are expected. Pass Embeddings, a "
-                f"Batch(vectors, ids, payload), or an iterable of either."
+                f"nestvec.search.Batch(vectors, ids, payload), or an iterable of either."
             )
         given = batch.vectors
         ids = batch.ids
         if isinstance(given, Embeddings):
             self.space.check_same(given.space)
-            ids = given.ids if ids is None else ids
-        elif ids is None:
-            raise DataError("rows without ids: pass Batch(vectors, ids), or Embeddings.")
+            ids = given.ids if ids is None and given.has_ids else ids
+        if ids is None:
+            raise DataError(
+                "rows without ids: row numbers would be the ids of other rows. Pass ids=, "
+                "Embeddings with ids, or nestvec.search.Batch(vectors, ids)."
+            )
         array = given.array if isinstance(given, Embeddings) else given
         checked = Embeddings(array, self.space, ids)
         vectors = pa.FixedSizeListArray.from_arrays(
@@ -154,12 +159,18 @@ class Layout:
         columns = self._payload(batch.payload, len(checked))
         return pa.table([self.id_column(checked.ids), vectors, *columns], schema=self.schema)
 
-    def id_column(self, ids: ArrayLike) -> Any:
-        """Return ids as a pyarrow.Array of this index' type; another type is refused."""
-        given = np.asarray(ids)
-        if not given.size:
+    def id_column(self, ids: Ids) -> Any:
+        """Return ids, or one, as a pyarrow.Array of this index' type; another type is refused."""
+        given: Any = ids
+        if isinstance(ids, str):
+            given = [ids]
+        elif isinstance(ids, (int, np.generic, np.ndarray)):
+            given = np.atleast_1d(ids)
+        elif isinstance(ids, (Set, Iterator)):
+            given = list(ids)
+        if not len(given):
             return pa.array([], _ID_TYPES[self.id_type])
-        ids = _checks.as_ids(given, len(np.atleast_1d(given)))
+        ids = _checks.as_ids(given, len(given))
         if (ids.dtype.kind == "i") != (self.id_type == "int"):
             kinds = {"int": "integers", "str": "strings"}
             raise DataError(

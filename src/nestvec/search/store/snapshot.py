@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._extras import require
 from nestvec.errors import DataError, FileFormatError, NestvecError, StorageError
 from nestvec.search.store.durable import Lease, manifest_path, reason
-from nestvec.search.store.layout import Layout
+from nestvec.search.store.layout import Ids, Layout
 
 pa = require("pyarrow", extra="index", why="an index")
 pc = require("pyarrow.compute", extra="index", why="an index")
@@ -88,7 +88,9 @@ class Snapshot:
         try:
             return self._fingerprint_of(version)
         except NestvecError:
-            return ""
+            if manifest_path(self._folder / "record", version).exists():
+                return ""
+            return None  # a compaction removed it meanwhile
 
     def _fingerprint_of(self, version: int) -> str:
         with self._errors():
@@ -215,7 +217,7 @@ class Snapshot:
             return column.to_numpy()
         return np.array(column.to_pylist(), dtype=np.str_)
 
-    def rows_of(self, ids: ArrayLike) -> NDArray[np.int64]:
+    def rows_of(self, ids: Ids) -> NDArray[np.int64]:
         """Return the row ids (n,) of some ids; an unknown id is a `DataError`.
 
         Reads the column of ids (about 5 ms a million integers, 15 ms a million strings).
@@ -273,7 +275,7 @@ class Snapshot:
         if isinstance(columns, str) or wrong:
             raise DataError(
                 f"column {columns if isinstance(columns, str) else wrong[0]!r} is not among "
-                f"{', '.join(names)}; pass a list of those."
+                f"{', '.join(names)}; name some of those."
             )
 
     @contextlib.contextmanager
@@ -288,7 +290,7 @@ class Snapshot:
                 raise StorageError(
                     f"version {self.version} of {self._folder} was removed by a compaction: this "
                     f"process may not write to readers/ there, so nobody knew that it reads. "
-                    f"Call refresh() and do it again."
+                    f"Do it again: the newest version is there."
                 ) from error
             raise FileFormatError(
                 f"cannot read version {self.version} of {self._folder}: {reason(error)}. "

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from numpy.typing import ArrayLike
-
 from nestvec._atomic import written_beside
 from nestvec._extras import require
 from nestvec.errors import DataError, FileFormatError, StorageError
 from nestvec.search.store import checkup, durable
-from nestvec.search.store.incoming import gathered
-from nestvec.search.store.layout import STAMP, Batch, Layout
+from nestvec.search.store.incoming import Incoming, gathered
+from nestvec.search.store.layout import STAMP, Batch, Ids, Layout
 from nestvec.search.store.snapshot import Snapshot
 from nestvec.space import Embeddings, Space
 
@@ -31,7 +29,7 @@ _TICK_NS = 3_000_000_000  # of the coarsest clocks of file systems
 _CACHE_BYTES = 1 << 26  # Lance's own limits are gigabytes
 _FRAGMENT_ROWS = 1 << 18  # an upsert makes the keys of the fragments it touches be read again
 
-Batches = Batch | Embeddings | Iterable[Any]
+Batches = Batch | Embeddings | Incoming | Iterable[Any]
 
 
 class Written(NamedTuple):
@@ -91,8 +89,9 @@ class Store:
         precision: str = "float32",
         payload: Any = None,
         durability: str = "power",
+        rows: Batches | None = None,
     ) -> Store:
-        """Make an empty store at ``path``; it appears whole or not at all.
+        """Make a store at ``path``; it appears whole, with its first rows, or not at all.
 
         Parameters
         ----------
@@ -108,13 +107,15 @@ class Store:
             pyarrow.Schema of the columns beside id and vector; None for none.
         durability
             ``"power"`` or ``"process"``, for this object; not kept.
+        rows
+            As for `append`; none by default.
 
         Raises
         ------
         StorageError
             If anything stands there, or the disk refuses.
         DataError
-            If a column's name is taken, or an option does not exist.
+            If a column's name is taken, an option does not exist, or rows do not fit.
         """
         path = Path(path)
         layout = Layout(space, id_type, precision, pa.schema([]) if payload is None else payload)
@@ -131,6 +132,11 @@ class Store:
             layout.save(scratch)
             files = (*(record / "_versions").iterdir(), *(record / "_transactions").iterdir())
             durable.write_checksums(scratch, 1, {file: durable.checksum(file) for file in files})
+            if rows is not None:
+                try:
+                    cls.open(scratch, durability="process").append(rows)  # all is synced below
+                except StorageError as error:
+                    raise StorageError(str(error).replace(str(scratch), str(path))) from error
         return cls.open(path, durability=durability)
 
     @classmethod
@@ -283,7 +289,7 @@ class Store:
                     first = new.ids[int(there.argmax())].as_py()
                     raise DataError(
                         f"id {first!r} exists ({int(there.sum())} of {len(there)} ids do). "
-                        f"upsert() replaces rows, append() only adds them."
+                        f"upsert() replaces rows, add() only adds them."
                     )
                 fragments = self._undone_if_it_fails(
                     lambda: lance.fragment.write_fragments(
@@ -308,7 +314,7 @@ class Store:
                 merge.when_matched_update_all().when_not_matched_insert_all()
                 return self._merge(merge, new.rows)
 
-    def delete(self, ids: ArrayLike, *, missing_ok: bool = False) -> Written:
+    def delete(self, ids: Ids, *, missing_ok: bool = False) -> Written:
         """Remove rows by their ids, all in one version.
 
         Raises
