@@ -299,6 +299,25 @@ def test_a_generation_that_is_open_elsewhere_is_not_removed_under_it(index):
     assert len(list((index.path / "derived").iterdir())) == 1
 
 
+@pytest.mark.parametrize("damage", ["manifest", "row"])
+def test_a_warning_that_is_kept_keeps_nothing_open(index, caplog, damage):
+    """A log's record lives as long as its handler likes, and so do its arguments."""
+    if damage == "manifest":
+        Index.open(index.path).search(QUERIES)
+        next(index.path.glob("derived/*/vectors/manifest.json")).unlink()
+    reader = Index.open(index.path)
+    if damage == "row":
+        reader.search(QUERIES)
+        flip(next(index.path.glob("derived/*/vectors/vectors.npy")), -1)
+    reader.upsert(index_writer.batch([3], 2))
+    reader.search(QUERIES)
+    assert "made again from the record" in caplog.text
+    del reader
+    index.upsert(index_writer.batch([3], 3))
+    index.compact()
+    assert len(list((index.path / "derived").iterdir())) == 1
+
+
 def test_what_a_newer_version_was_derived_to_is_not_removed_by_who_is_behind(index):
     index.search(QUERIES)
     behind = index._derived, index._seen().generation

@@ -63,7 +63,7 @@ class Derived:
                 try:
                     return Generation.open(stamp.folder, show_progress=self.show_progress)
                 except sealed.Damaged as error:
-                    _log.warning("%s It is made again from the record.", error)
+                    _log.warning("%s It is made again from the record.", str(error))
         return None
 
     def derive(self, snapshot: Any, parts: Iterable[str] = ()) -> Generation:

@@ -664,7 +664,7 @@ class Index:
 
     def _mended(self, view: View, error: Damaged) -> View:
         """Return a new view in place of one that met what is damaged."""
-        _log.warning("%s Derived files are made again from the record.", error)
+        _log.warning("%s Derived files are made again from the record.", str(error))
         self._discard(view.generation)
         return self._seen()
 
