@@ -28,21 +28,20 @@ Labels = Sequence[Mapping[str, int]]  #: for each query, document id -> grade, >
 
 _FAR = np.iinfo(np.int32).max  # the place of what is not in a shortlist
 _ROWS = 2000  # of the gallery, in place of queries
-_BLOCK = 1000  # queries that are timed, and that a thread takes at once
-_REPEATS = 3
-_MOST_REPEATS = 20
-_LONG_ENOUGH = 100  # milliseconds in all: what takes less is timed more often
+_BLOCK = 1000  # queries that a thread takes at once
+_ROUGHLY = 40, 2  # queries that a plan is timed by, and turns: to tell which plans are worth more
+_WELL = 200, 3
+_LONG_ENOUGH = 500  # milliseconds a turn: plans so slow are timed by fewer queries
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """What a structure does before rows are reranked: time a query, and places of true rows.
+    """What a structure finds before rows are reranked.
 
     ``places`` (m, k): where each true neighbour stands in the shortlist of ``longest`` rows, from
     0; far beyond if it is not there.
     """
 
-    ms: float
     places: NDArray[np.int32]
     longest: int
 
@@ -79,8 +78,8 @@ class Trials:
         # shared with subsets
         self._walks: dict[Plan, Walk] = {}
         self._answers: dict[Plan, dict[str, NDArray[np.float64]]] = {}
+        self._about: dict[Plan, float] = {}
         self._ms: dict[Plan, float] = {}
-        self._ms_per_row: list[float] = []
 
     def __len__(self) -> int:
         return len(self._some)
@@ -113,7 +112,7 @@ class Trials:
         walk = self._walks.get(known)
         if walk is None or walk.longest < longest:
             walk = self._walks[known] = self._walked(known, longest)
-        return Walk(walk.ms, walk.places[self._some], walk.longest)
+        return Walk(walk.places[self._some], walk.longest)
 
     def recall(self, plan: Plan) -> NDArray[np.float64]:
         """Return the recall of each query, in [0, 1]: one number a query, as the bound needs it."""
@@ -128,27 +127,38 @@ class Trials:
         return self._answered(plan)["ndcg"][self._some]
 
     def ms(self, plan: Plan) -> float:
-        """Return milliseconds a query of a whole plan, on one thread."""
-        if plan not in self._ms:
-            asked, everyone = self._queries[:_BLOCK], self.view.everyone
-            ms, _ = self._timed(lambda: engine.run(plan, asked, self.view, everyone, threads=1))
-            self._ms[plan] = ms / len(asked)
-        return self._ms[plan]
+        """Return about how many milliseconds a plan takes, from few queries: see `times`."""
+        if plan not in self._about:
+            self._about[plan] = self._timed([plan], *_ROUGHLY)[0]
+        return self._about[plan]
 
-    @property
-    def ms_per_row(self) -> float:
-        """Milliseconds that reranking one row takes."""
-        if not self._ms_per_row:
-            n, width = len(self.view.generation), min(100, len(self.view.generation))
-            asked = self._queries[:_BLOCK]
-            rng = np.random.default_rng(0)
-            shortlists = rng.integers(0, n, (len(asked), width)).astype(np.int32)
-            stage = Stage(self.full, self.k)
-            ms, _ = self._timed(
-                lambda: engine.rescored(self.view.generation, stage, asked, shortlists)
-            )
-            self._ms_per_row.append(ms / shortlists.size)
-        return self._ms_per_row[0]
+    def times(self, plans: Sequence[Plan]) -> list[float]:
+        """Return milliseconds a query of each whole plan: one query a call, on one thread.
+
+        The plans take turns, so that what else the machine does meets them all alike.
+        """
+        new = [plan for plan in dict.fromkeys(plans) if plan not in self._ms]
+        self._ms.update(zip(new, self._timed(new, *_WELL), strict=True))
+        return [self._ms[plan] for plan in plans]
+
+    def _timed(self, plans: Sequence[Plan], n: int, n_turns: int) -> list[float]:
+        """Return the mean over ``n`` queries of the least time that each of them took."""
+        asked = [self._queries[row : row + 1] for row in range(min(n, len(self._queries)))]
+        view, everyone, clock = self.view, self.view.everyone, self._clock
+        least = np.full((len(plans), len(asked)), np.inf)
+        for _ in range(n_turns):
+            for plan, known in zip(plans, least, strict=True):
+                engine.run(plan, asked[-1], view, everyone, threads=1)  # loads, and warms up
+                spent = 0.0
+                for at, query in enumerate(asked):
+                    started = clock()
+                    engine.run(plan, query, view, everyone, threads=1)
+                    took = 1000 * (clock() - started)
+                    known[at] = min(known[at], took)
+                    spent += took
+                    if spent > _LONG_ENOUGH and at > 0:
+                        break
+        return [float(known[np.isfinite(known)].mean()) for known in least]
 
     def _walked(self, plan: Plan, longest: int) -> Walk:
         (stage,) = plan.cascade.stages
@@ -157,9 +167,7 @@ class Trials:
             Plan(Cascade([longer]), plan.structure, plan.knobs), self.view.generation
         )
         everyone = self.view.everyone
-        asked = self._queries[:_BLOCK]
-        ms, found = self._timed(lambda: run(asked, everyone)[0])
-        places = [self._places(found, 0)]
+        places = [self._places(run(self._queries[:_BLOCK], everyone)[0], 0)]
         starts = range(_BLOCK, len(self._queries), _BLOCK)
         if starts:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -167,7 +175,7 @@ class Trials:
                     lambda at: self._places(run(self._queries[at : at + _BLOCK], everyone)[0], at),
                     starts,
                 )
-        return Walk(ms / len(asked), np.concatenate(places), longest)
+        return Walk(np.concatenate(places), longest)
 
     def _places(self, shortlists: NDArray[Any], start: int) -> NDArray[np.int32]:
         some = slice(start, start + len(shortlists))
@@ -196,16 +204,6 @@ class Trials:
             plan = Plan(Cascade(stages), plan.structure, plan.knobs)
         found = engine.run(plan, self._queries, self.view, self.view.everyone).rows
         return _without(found, self._own, self.k)
-
-    def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Return milliseconds (the least of some runs, after one that warms up), and the result."""
-        result = work()
-        took: list[float] = []
-        while len(took) < _REPEATS or (sum(took) < _LONG_ENOUGH and len(took) < _MOST_REPEATS):
-            started = self._clock()
-            result = work()
-            took.append(1000 * (self._clock() - started))
-        return min(took), result
 
 
 def draw(
