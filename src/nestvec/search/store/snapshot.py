@@ -21,6 +21,7 @@ pc = require("pyarrow.compute", extra="index", why="an index")
 _KEYS = ["_rowid", "_row_last_updated_at_version"]
 _KEYS_AT_ONCE = 1 << 18
 _FEW = 10_000  # ids that are looked for by a filter; more are joined in memory
+_ROWS_AT_ONCE = 8192
 _READ_AHEAD = {"batch_readahead": 2, "fragment_readahead": 1, "io_buffer_size": 1 << 26}
 
 
@@ -128,44 +129,14 @@ class Snapshot:
             for part in zip(*(np.split(c, cuts) for c in _keys_of(table)), strict=True):
                 yield Keys(*part)
 
-    def scan(
-        self, columns: Sequence[str] = ("vector",), *, after: int = 0, batch_size: int = 8192
-    ) -> Iterator[Rows]:
-        """Yield all rows, or those that versions later than ``after`` wrote, in blocks.
-
-        Parameters
-        ----------
-        columns
-            Names among id, vector and the payload's.
-        after
-            A version; rows it already had, unchanged, are left out.
-        batch_size
-            Rows a block, at most.
-        """
+    def scan(self, columns: Sequence[str] = ("vector",)) -> Iterator[Rows]:
+        """Yield all rows in blocks; ``columns`` are among id, vector and the payload's."""
         self._check_columns(columns)
-        fragments = None
-        if after:
-            newer = {
-                mark
-                for mark, keys in self.keys_by_fragment()
-                if keys and keys.updated.max(initial=0) > after
-            }
-            fragments = [
-                fragment
-                for fragment in self.dataset.get_fragments()
-                if _mark(fragment.metadata) in newer
-            ]
-            if not fragments:
-                return
-        for batch in self.batches([*columns, *_KEYS], fragments, batch_size=batch_size):
-            if after:
-                batch = batch.filter(pc.greater(batch[_KEYS[1]], pa.scalar(after, pa.uint64())))
+        for batch in self.batches([*columns, *_KEYS]):
             if len(batch):
                 yield Rows(_keys_of(batch), batch.select(list(columns)))
 
-    def batches(
-        self, columns: list[str], fragments: list[Any] | None = None, *, batch_size: int = 8192
-    ) -> Iterator[Any]:
+    def batches(self, columns: list[str], fragments: list[Any] | None = None) -> Iterator[Any]:
         """Yield pyarrow.RecordBatches of Lance's columns, in order, from some fragments or all.
 
         Lance reads ahead by gigabytes if nothing is said; here it is about 0.3 GB.
@@ -174,7 +145,7 @@ class Snapshot:
             yield from self.dataset.scanner(
                 columns=columns,
                 fragments=fragments,
-                batch_size=batch_size,
+                batch_size=_ROWS_AT_ONCE,
                 scan_in_order=True,
                 **_READ_AHEAD,
             ).to_batches()
@@ -205,17 +176,6 @@ class Snapshot:
                 f"row {dead[0]} does not live in version {self.version} ({len(dead)} such rows)."
             )
         return table.select(list(columns))
-
-    def vectors_of(self, row_ids: ArrayLike) -> NDArray[Any]:
-        """Return vectors (n, dim) of some rows, float32 or float16 as they are stored."""
-        return as_matrix(self.read(row_ids, ["vector"])["vector"])
-
-    def ids_of(self, row_ids: ArrayLike) -> NDArray[Any]:
-        """Return the ids (n,), int64 or str, of some rows."""
-        column = self.read(row_ids, ["id"])["id"]
-        if self.layout.id_type == "int":
-            return column.to_numpy()
-        return np.array(column.to_pylist(), dtype=np.str_)
 
     def rows_of(self, ids: Ids) -> NDArray[np.int64]:
         """Return the row ids (n,) of some ids; an unknown id is a `DataError`.
