@@ -267,6 +267,15 @@ def test_row_numbers_never_stand_for_ids_of_an_index_that_has_rows(tmp_path):
     assert more["inserted"] == N
 
 
+def test_saved_row_numbers_are_no_ids_either(tmp_path):
+    bare = nv.Embeddings(VECTORS, SPACE).save(tmp_path / "bare.safetensors")
+    made = tmp_path / "a.nest"
+    run("index", "create", made, bare)
+    for how in ("add", "upsert"):
+        assert "has no ids, and row numbers" in refused("index", how, made, bare)
+    assert said("index", "stats", made)["version"] == 2
+
+
 def test_compaction_frees_what_deleted_rows_took(made):
     run("index", "delete", made, *IDS[:60])
     freed = said("index", "compact", made)["bytes_freed"]
@@ -287,7 +296,8 @@ def test_check_names_what_is_damaged_and_exits_with_1(made):
     assert not found["ok"]
 
 
-def test_stats_tell_record_derived_and_resident_bytes_apart(made):
+def test_stats_tell_record_derived_and_resident_bytes_apart(made, asks):
+    run("search", made, "--queries", asks)
     figures = said("index", "stats", made)
     assert figures["record_bytes"] > N * DIM * 4
     assert figures["derived_bytes"] > N * DIM * 4
@@ -338,6 +348,24 @@ def test_answers_bring_their_columns_and_explain_themselves(made, asks):
     assert f"8:int8@60: {N} rows scored" in shown.stderr
     hits = said(*words, *plan)["queries"][0]["hits"]
     assert [hit["place"]["32@2"] for hit in hits] == [1, 2]
+
+
+def test_a_cascade_is_a_plan_that_scans_every_row(made, docs, asks):
+    stages = "16:int8@60 > 32@4"
+    for gallery in (made, docs):
+        by_plan = said("search", gallery, "--queries", asks, "--plan", f"exact {stages}")
+        found = said("search", gallery, "--queries", asks, "--cascade", stages)
+        assert (found["plan"], ids_of(found)) == (by_plan["plan"], ids_of(by_plan))
+    words = ["search", made, "--queries", asks, "--cascade", stages]
+    assert "--cascade and --dims say the same" in refused(*words, "--dims", 8)
+    assert "leave out --plan, --cascade" in refused(*words, "--recall", 0.9)
+
+
+def test_looking_at_a_new_index_derives_nothing(made):
+    assert said("index", "stats", made)["structures"] == {}
+    assert "none yet: the first search derives them" in run("index", "stats", made).stdout
+    run("index", "check", made)
+    assert not (made / "derived").exists()
 
 
 def test_a_filter_that_nothing_passes_is_no_error(made, asks):

@@ -297,6 +297,95 @@ def test_float16_halves_the_file_and_finds_the_same(tmp_path, vectors, queries):
     assert bytes_of < 1000 * (2 * DIM + 40)
 
 
+def test_row_numbers_never_replace_or_name_rows_that_are_there(index, queries):
+    for write in (index.add, index.upsert):
+        for more in (embeddings(queries), [embeddings(queries)], embeddings(queries)[5:]):
+            with pytest.raises(DataError, match=r"row numbers would be .* Pass ids="):
+                write(more)
+    assert (index.version, len(index)) == (2, 1000)
+    assert index.upsert(embeddings(queries), ids=np.arange(20)).updated == 20
+
+
+def test_payload_may_be_a_mapping_wherever_rows_come_in(tmp_path, vectors):
+    for name, rows_and_payload in {
+        "a": ((Batch(embeddings(vectors[:3]), payload={"year": [1, 2, 3]}),), {}),
+        "b": ((embeddings(vectors[:3]),), {"payload": {"year": np.arange(1, 4)}}),
+    }.items():
+        index = Index.create(tmp_path / name, *rows_and_payload[0], **rows_and_payload[1])
+        index.add(vectors[3:5], ids=[3, 4], payload={"year": [4, 5]})
+        index.upsert(Batch(vectors[4:6], [4, 5]), payload={"year": [6, 7]})
+        got = index.get([0, 3, 4, 5], columns="year")
+        assert got.to_pydict() == {"year": [1, 4, 6, 7]}
+    with pytest.raises(DataError, match=r"payload: .*Give one value a row"):
+        Index.create(tmp_path / "c", embeddings(vectors[:3]), payload={"year": [1], "n": [1, 2]})
+
+
+def test_one_id_and_one_column_need_no_list(index, vectors):
+    np.testing.assert_allclose(index.get(7, columns="vector")["vector"][0].as_py(), vectors[7])
+    assert index.search(vectors[:2], 3, columns="id").payload[1]["id"][0].as_py() == 1
+    assert index.delete(7).deleted == 1
+
+
+def test_what_makes_the_rows_holds_no_lock(index):
+    """It deletes through the very handle that reads it, and nobody waits for it."""
+
+    def made():
+        assert index.delete(3).deleted == 1
+        yield Batch(rows(1, seed=7), [5000])
+        assert index.delete(4).deleted == 1
+
+    assert index.add(made()).inserted == 1
+    assert len(index) == 999
+
+
+def test_a_writer_that_rests_keeps_no_version_on_disk(index, vectors):
+    other = Index.open(index.path, durability="process")
+    index.upsert(Batch(vectors[:1], [0]))
+    for id_ in range(3):
+        other.upsert(Batch(vectors[:1], [id_]))
+    other.compact()
+    assert len(index) == 1000
+    other.compact()
+    assert other.stats()["versions"] == 1
+
+
+def test_looking_derives_nothing(index, queries):
+    assert index.stats()["structures"] == {}
+    assert index.stats()["fresh_rows"] == 1000
+    assert index.check() == {"ok": True, "record": index.check()["record"], "derived": []}
+    assert not (index.path / "derived").exists()
+    index.search(queries)
+    assert Index.open(index.path).stats()["fresh_rows"] == 0
+
+
+def test_a_cascade_scans_every_row_whatever_plan_is_stored(index, queries):
+    text = "8:int8@60 > 32@10"
+    wanted = index.search(queries, plan=f"exact {text}")
+    index.set_plan("graph(ef=30) 32:int8@20 > 32@10")
+    for cascade in (text, nv.Cascade.parse(text)):
+        found = index.search(queries, cascade=cascade)
+        assert found.plan == wanted.plan
+        np.testing.assert_array_equal(found.ids, wanted.ids)
+    assert index.search(queries, 3, cascade=text).ids.shape == (20, 3)
+    with pytest.raises(PlanError, match="plan, cascade, dims and recall"):
+        index.search(queries, cascade=text, dims=8)
+
+
+def test_what_was_planned_is_stored_with_its_certificate(tmp_path, index):
+    planned = index.plan(rows(400, seed=5), recall=0.9, structures=["exact"], keep=False)
+    assert index.plan_stored is None
+    index.set_plan(planned)
+    assert index.search(rows(3), recall=0.9).plan == planned.plan
+
+
+def test_scratch_of_a_killed_set_plan_is_removed(index):
+    for write in (lambda: index.set_plan("32@10"), index.compact):
+        (index.path / ".plan.json.a8s").mkdir()
+        (index.path / ".plan.json.a8s" / "plan.json").write_text("half")
+        write()
+        assert not list(index.path.glob(".plan.json.*"))
+
+
 def test_queries_of_another_space_are_refused(index, queries):
     other = nv.Space.declared("other things", dim=DIM)
     with pytest.raises(SpaceMismatchError):

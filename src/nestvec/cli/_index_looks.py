@@ -1,4 +1,4 @@
-"""nestvec index get, check, stats: commands that look into an index and change nothing."""
+"""nestvec index get, check, stats: commands that look into an index and write no row."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ def get(
 
 @command
 def check(index: Folder, json: Json = False) -> None:
-    """Read every file and say what is damaged; the exit code is 1 if anything is."""
+    """Read every file and say what is damaged; the exit code is 1 if anything is.
+
+    Damaged derived files are removed: a search that needs them makes them again.
+    """
     found = open_index(index).check()
     record = found["record"]
     if json:
@@ -89,7 +92,8 @@ def stats(index: Folder, json: Json = False) -> None:
     opened = open_index(index)
     figures = opened.stats()
     plan = opened.plan_stored
-    if plan is not None and plan.structure in ("exact", *figures["structures"]):
+    derived = figures["structures"]
+    if derived and plan is not None and plan.structure in ("exact", *derived):
         # what a search holds is known when one has been made
         opened.search([1.0] * opened.space.size)
         figures = opened.stats()
@@ -98,6 +102,7 @@ def stats(index: Folder, json: Json = False) -> None:
         return
     rows = max(1, figures["rows"])
     parts = ", ".join(f"{name} {size:,}" for name, size in figures["structures"].items())
+    parts = parts or "none yet: the first search derives them"
     table = Table(box=None, show_header=False)
     for name, value in (
         ("rows", f"{figures['rows']:,} of {figures['dim']} {figures['precision']} numbers"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,7 +145,7 @@ def create(
     if column and no_columns:
         fail("--column and --no-columns contradict each other: leave out one.")
     from nestvec.cli._rows import open_rows
-    from nestvec.search import Index
+    from nestvec.search.store import Store
 
     rows = open_rows(source, vector=vector, id=id)
     space = new_space(rows, model_name)
@@ -155,19 +154,16 @@ def create(
     id_type = rows.id_type or "int"
     if given is not None:
         id_type = "int" if all(map(is_whole, given)) else "str"
-    made = Index.create(
+    Store.create(
         index,
         space,
         payload=rows.schema_of(names),
         id_type=id_type,
         precision=precision,
         durability=durability,
+        rows=batches(rows, space, names, as_ids(given, id_type), id_type=id_type),
     )
-    try:
-        made.add(batches(rows, space, names, as_ids(given, id_type), id_type=id_type))
-    except BaseException:
-        shutil.rmtree(index, ignore_errors=True)
-        raise
+    made = open_index(index)
     if json:
         print_json(
             {

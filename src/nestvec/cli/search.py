@@ -57,6 +57,13 @@ def search(
             show_default=False,
         ),
     ] = None,
+    cascade: Annotated[
+        str | None,
+        typer.Option(
+            help='Scan every row by these stages, like "64@100 > 384@10", instead of --plan.',
+            show_default=False,
+        ),
+    ] = None,
     dims: Annotated[
         int | None,
         typer.Option(help="Score every row at this size, instead of --plan.", show_default=False),
@@ -121,10 +128,16 @@ def search(
     json: Json = False,
 ) -> None:
     """Search an index or a file of vectors: cheap first, then exact."""
-    if plan is not None and dims is not None:
-        fail("--plan and --dims say the same thing twice: leave out one.")
-    if recall is not None and (plan is not None or dims is not None):
-        fail("--recall finds the plan itself: leave out --plan and --dims.")
+    if recall is not None and (plan, cascade, dims) != (None, None, None):
+        fail("--recall finds the plan itself: leave out --plan, --cascade and --dims.")
+    ways = {"--plan": plan, "--cascade": cascade, "--dims": dims}
+    given = [option for option, value in ways.items() if value is not None]
+    if len(given) > 1:
+        fail(f"{' and '.join(given)} say the same thing twice: leave out one.")
+    if cascade is not None:
+        from nestvec.search import Cascade
+
+        plan = f"exact {Cascade.parse(cascade)}"
     if queries is not None and query is not None:
         fail("give words or --queries, not both.")
     if is_index(gallery):

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nestvec._atomic import written_beside
 from nestvec._checks import as_matrix
+from nestvec._extras import require
 from nestvec.errors import DataError, FileFormatError, PlanError
 from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
@@ -26,8 +27,12 @@ from nestvec.search.generation import Generation
 from nestvec.search.planner import Planned
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Store, Written, durable
+from nestvec.search.store.incoming import gathered
+from nestvec.search.store.layout import Ids
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
+
+pa = require("pyarrow", extra="index", why="an index")
 
 _log = logging.getLogger(__name__)
 _PLAN = "plan.json"
@@ -150,7 +155,8 @@ class Index:
             `Embeddings` (with ids, or they are numbered), a `Batch` of them with payload, or a
             `Space` for an empty index.
         payload
-            Columns beside id and vector: a pyarrow.Table of as many rows, or a pyarrow.Schema.
+            Columns beside id and vector: a pyarrow.Table or a mapping of columns of as many rows,
+            or a pyarrow.Schema.
         id_type
             ``"int"`` or ``"str"``; that of the rows by default.
         precision
@@ -176,15 +182,9 @@ class Index:
             precision=precision,
             payload=schema,
             durability=durability,
+            rows=batch,
         )
-        index = cls(store, show_progress=show_progress)
-        if batch is not None:
-            try:
-                store.append(batch)
-            except BaseException:
-                shutil.rmtree(store.path, ignore_errors=True)
-                raise
-        return index
+        return cls(store, show_progress=show_progress)
 
     @classmethod
     def open(
@@ -239,21 +239,20 @@ class Index:
     ) -> Written:
         """Add rows with new ids, all in one version.
 
-        ``rows`` are `Embeddings`, vectors (n, dim), a `Batch`, or an iterable of those, which is
-        read as it is written. Raises `DataError` if an id exists; nothing is written then.
+        ``rows`` are `Embeddings` with ids, vectors (n, dim) and ``ids``, a `nestvec.search.Batch`,
+        or an iterable of `Embeddings` and batches, which is read to its end before anything is
+        locked. Raises `DataError` if an id exists; nothing is written then.
         """
-        with self._written() as store:
-            return store.append(_batches(rows, ids, payload))
+        return self._put("append", _batches(rows, ids, payload))
 
     def upsert(
         self, rows: Batches | ArrayLike, *, ids: ArrayLike | None = None, payload: Any = None
     ) -> Written:
-        """Add rows, or replace those whose ids exist, all in one version."""
-        with self._written() as store:
-            return store.upsert(_batches(rows, ids, payload))
+        """Add rows, or replace those whose ids exist, all in one version; they are as for `add`."""
+        return self._put("upsert", _batches(rows, ids, payload))
 
-    def delete(self, ids: ArrayLike, *, missing_ok: bool = False) -> Written:
-        """Remove rows by their ids, all in one version.
+    def delete(self, ids: Ids, *, missing_ok: bool = False) -> Written:
+        """Remove rows by their ids, or one by its id, all in one version.
 
         Raises `DataError` if one does not exist, unless ``missing_ok``; nothing is removed then.
         """
@@ -262,14 +261,14 @@ class Index:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def get(self, ids: ArrayLike, *, columns: Iterable[str] = ("id", "vector")) -> Any:
-        """Return rows by their ids as a pyarrow.Table, in the order asked for.
+    def get(self, ids: Ids, *, columns: str | Iterable[str] = ("id", "vector")) -> Any:
+        """Return rows by their ids, or one by its id, as a pyarrow.Table, in the order asked for.
 
         Raises `DataError` for an id that does not exist.
         """
         self._refreshed()
         snapshot = self._store.snapshot
-        return snapshot.read(snapshot.rows_of(ids), list(columns))
+        return snapshot.read(snapshot.rows_of(ids), _names(columns))
 
     def search(
         self,
@@ -277,10 +276,11 @@ class Index:
         k: int | None = None,
         *,
         plan: Plan | Cascade | Planned | str | None = None,
+        cascade: Cascade | str | None = None,
         dims: int | None = None,
         recall: float | int | None = None,
         filter: str | None = None,
-        columns: Iterable[str] | None = None,
+        columns: str | Iterable[str] | None = None,
         threads: int | None = None,
     ) -> Hits:
         """Return the nearest rows of each query.
@@ -295,6 +295,8 @@ class Index:
             What to run: a `Plan`, what `plan` returned, a `Cascade`, or text like
             ``"graph(ef=80) 384:int8@40 > 384@10"``. By default the plan that was stored
             (`set_plan`), else every row is scored at full size.
+        cascade
+            Scan every row by these stages instead, like ``"64:int8@100 > 384@10"``.
         dims
             Score every row at this prefix size instead.
         recall
@@ -317,7 +319,7 @@ class Index:
             If queries, filter or columns do not fit.
         """
         asked = self._queries(queries)
-        chosen = self._chosen(plan, dims, k, recall)
+        chosen = self._chosen(plan, cascade, dims, recall, k)
         view = self._seen()
         try:
             found = self._run(chosen, asked, view, filter, threads)
@@ -328,7 +330,7 @@ class Index:
         hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
         if columns is None:
             return hits
-        return _with_payload(hits, view, list(columns))
+        return _with_payload(hits, view, _names(columns))
 
     # --- plans ----------------------------------------------------------------------------------
 
@@ -457,19 +459,27 @@ class Index:
 
         view, found = self._healed(find)
         if keep and found.plan is not None:
-            self.set_plan(found.plan, version=view.snapshot.version, **planner.as_json(found))
+            self.set_plan(found, version=view.snapshot.version)
         return found
 
     def set_plan(self, plan: Plan | Cascade | Planned | str | None, **about: Any) -> None:
-        """Store the plan that searches follow from now on, with what is known about it."""
+        """Store the plan that searches follow from now on, with what is known about it.
+
+        With what `plan` returned that is its certificate, which ``search(recall=)`` follows.
+        """
         if plan is None:
             with durable.storage_errors(self.path):
                 (self.path / _PLAN).unlink(missing_ok=True)
             return
         chosen = _as_plan(plan)
         engine.check(chosen, self._seen().generation)
-        with written_beside(self.path / _PLAN) as scratch:
-            scratch.write_text(json.dumps({"plan": str(chosen), **about}, indent=1) + "\n", "utf-8")
+        if isinstance(plan, Planned):
+            about = {**planner.as_json(plan), **about}
+        text = json.dumps({"plan": str(chosen), **about}, indent=1) + "\n"
+        with durable.storage_errors(self.path), durable.writer_lock(self.path):
+            self._remove_scratch()
+            with written_beside(self.path / _PLAN) as scratch:
+                scratch.write_text(text, "utf-8")
 
     def build(self, *names: str) -> None:
         """Build structures now rather than when a plan first asks.
@@ -490,6 +500,8 @@ class Index:
         that it tried. Returns the bytes of the record that became free.
         """
         plan = self.plan_stored
+        with durable.storage_errors(self.path), durable.writer_lock(self.path):
+            self._remove_scratch()
         with self._written() as store:
             freed = store.compact(keep_versions=keep_versions)
         old = self._seen()
@@ -511,10 +523,13 @@ class Index:
 
         Returns ``{"ok", "record", "derived"}``: ``record`` is the store's report, ``derived`` the
         names of derived files that do not fit their checksum. Those are no loss: they are made
-        again when they are needed. Removes them.
+        again when they are needed. Removes them, and changes nothing else.
         """
         report = self._store.check()
-        generation = self._seen().generation
+        view = self._looked(derive=False)
+        if view is None:
+            return {"ok": report.ok, "record": report, "derived": []}
+        generation = view.generation
         damaged = generation.damaged_files()
         if "vectors" in damaged:
             self._discard(generation)
@@ -524,27 +539,45 @@ class Index:
         return {"ok": report.ok and not files, "record": report, "derived": files}
 
     def stats(self) -> dict[str, Any]:
-        """Return figures: rows and versions, bytes of record and derived files, resident bytes."""
-        view = self._seen()
+        """Return figures: rows and versions, bytes of record and derived files, resident bytes.
+
+        Changes nothing: ``structures`` are none where nothing was derived yet, and every row is
+        fresh.
+        """
+        view = self._looked(derive=False)
         record = self._store.stats()
-        derived = view.generation.built()
+        derived = view.generation.built() if view else {}
+        resident = view.generation.resident_bytes() + view.resident_bytes if view else 0
         return {
             "rows": record.rows,
             "version": record.version,
             "versions": record.versions,
-            "fresh_rows": view.n_fresh,
-            "dead_rows": view.n_dead,
+            "fresh_rows": view.n_fresh if view else record.rows,
+            "dead_rows": view.n_dead if view else 0,
             "dim": self.space.size,
             "precision": self._store.layout.precision,
             "durability": record.durability,
             "record_bytes": record.record_bytes,
             "derived_bytes": sum(derived.values()),
-            "resident_bytes": view.generation.resident_bytes() + view.resident_bytes,
+            "resident_bytes": resident,
             "structures": derived,
             "plan": None if (plan := self.plan_stored) is None else str(plan),
         }
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _put(self, how: str, rows: Any) -> Written:
+        # whatever makes them may take its time, and may write to this index itself
+        with gathered(rows, self._store.layout, self.path) as new:
+            if new is None:
+                return Written(self.version)
+            with self._written() as store:
+                return getattr(store, how)(new)
+
+    def _remove_scratch(self) -> None:
+        """Remove what was left by a process that was killed; the writer lock is held."""
+        for folder in self.path.glob(f".{_PLAN}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Store]:
@@ -578,9 +611,13 @@ class Index:
         mask = view.everyone if filter is None else view.matching(filter)
         return engine.run(plan, asked, view, mask, threads=threads)
 
-    def _chosen(self, plan: Any, dims: int | None, k: int | None, recall: Any = None) -> Plan:
-        if (plan is not None) + (dims is not None) + (recall is not None) > 1:
-            raise PlanError("plan, dims and recall each say what to run: give one of them.")
+    def _chosen(
+        self, plan: Any, cascade: Any, dims: int | None, recall: Any, k: int | None
+    ) -> Plan:
+        if sum(one is not None for one in (plan, cascade, dims, recall)) > 1:
+            raise PlanError("plan, cascade, dims and recall each say what to run: give one.")
+        if cascade is not None:
+            plan = Plan(Cascade.parse(cascade) if isinstance(cascade, str) else cascade)
         if recall is not None:
             return self._proven(float(recall), k)
         if dims is not None:
@@ -616,9 +653,30 @@ class Index:
         with self._lock:
             if self._store.is_newer():
                 self._store.refresh()
+            # a writer that rests would keep the version it wrote on disk
+            if self._writer is not None and self._writing.acquire(blocking=False):
+                if self._writer is not None and self._writer.version < self._store.version:
+                    self._writer = None
+                self._writing.release()
 
     def _seen(self) -> View:
         """Return a view of the newest version."""
+        view = self._looked()
+        assert view is not None
+        if view.n_fresh > max(_MANY, view.everyone.n_derived):
+            slow = {*engine.KNOWN} & {*view.generation.names()}
+            if not slow:
+                return self._renewed(view)
+            _log.warning(
+                "%s: %s rows were written since its structures were built, more than are in them; "
+                "each search scores all of those. Compacting it takes them in.",
+                self.path,
+                f"{view.n_fresh:,}",
+            )
+        return view
+
+    def _looked(self, *, derive: bool = True) -> View | None:
+        """Return a view of the newest version: None if it would have to be derived and may not."""
         self._refreshed()
         view = self._view
         if view is not None and view.snapshot is self._store.snapshot:
@@ -626,7 +684,11 @@ class Index:
         with self._lock:
             view, snapshot = self._view, self._store.snapshot
             if view is None:
-                made = self._derived.newest(snapshot) or self._derived.derive(snapshot)
+                made = self._derived.newest(snapshot)
+                if made is None:
+                    if not derive:
+                        return None
+                    made = self._derived.derive(snapshot)
                 view = View(snapshot, made)
             elif view.snapshot is not snapshot:
                 old = view.generation  # compacted by another process, it may be old indeed
@@ -634,16 +696,6 @@ class Index:
                 newer = self._derived.newest(snapshot, after=old.version, having=slow)
                 view = View(snapshot, newer or old, view)
             self._view = view
-        if view.n_fresh > max(_MANY, view.everyone.n_derived):
-            slow = {*engine.KNOWN} & {*view.generation.names()}
-            if not slow:
-                return self._renewed(view)
-            _log.warning(
-                "%s: %s rows were written since its structures were built, more than are in them; "
-                "each search scores all of those. compact() takes them in.",
-                self.path,
-                f"{view.n_fresh:,}",
-            )
         return view
 
     def _renewed(self, old: View, parts: Iterable[str] = ()) -> View:
@@ -694,20 +746,38 @@ def _opening(rows: Any, payload: Any) -> tuple[Space, Batch | None, Any]:
     schema = _schema(table)
     columns = table if schema is not table else batch.payload
     bare = Embeddings(vectors.array, vectors.space)
-    return vectors.space, Batch(bare, np.asarray(ids), columns), schema
+    return vectors.space, Batch(bare, ids, columns), schema
 
 
 def _schema(payload: Any) -> Any:
+    if isinstance(payload, Mapping):
+        try:
+            payload = pa.table(dict(payload))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(
+                f"payload: {durable.reason(error)}. Give one value a row in each column, all of "
+                f"one type."
+            ) from error
     return payload.schema if hasattr(payload, "schema") else payload
 
 
+def _names(columns: str | Iterable[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else list(columns)
+
+
 def _is_whole(ids: Any) -> bool:
-    return np.issubdtype(np.asarray(ids).dtype, np.integer)
+    return np.asarray(ids).dtype.kind in "iu"
 
 
 def _batches(rows: Any, ids: Any, payload: Any) -> Any:
     if ids is None and payload is None and not isinstance(rows, np.ndarray):
         return rows
+    if isinstance(rows, Batch):
+        return replace(
+            rows,
+            ids=rows.ids if ids is None else ids,
+            payload=rows.payload if payload is None else payload,
+        )
     return Batch(rows, ids, payload)
 
 
