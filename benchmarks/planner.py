@@ -5,10 +5,11 @@
 
 Of each gallery structures are built once, and a pool of queries is walked once. Each seed draws
 from the pool queries to choose by, others to certify with, and fresh ones; `planner.find` is the
-real one. A case is right if the certified plan holds on the fresh queries, or if none was certified
-and none on the frontier holds. Its cost is compared with the cheapest plan on the frontier that
-holds on the fresh queries; times are processor time, each taken once. A gallery's cases are kept,
-so that a run that was interrupted goes on.
+real one. A case is good if the plan holds on the fresh queries and costs at most 1.3 times the
+cheapest plan on the frontier that holds on them; none at all is never good, as exact search holds.
+Costs are compared by times of their own, taken when all is planned, by other queries than the
+planner's times; all are processor time. A gallery's cases are kept, so that a run that was
+interrupted goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CONFIDENCE = 0.95
 TARGETS = (0.95, 0.99)
 DRAWN = (1000, 1000, 5000)  # choosing, certifying, fresh
 POOL = 10_000
-BARS = {"held": 0.95, "ratio": 1.3}
+BARS = {"share": 0.95, "ratio": 1.3}
 
 Rows = np.ndarray  # (n, dim) float32, L2-normalised
 
@@ -145,14 +146,28 @@ def case(pool: trials.Trials, seed: int, target: float, drawn: tuple[int, ...]) 
         confidence=CONFIDENCE,
         seed=seed,
     )
-    holding = [o.ms for o in found.frontier if fresh.recall(o.plan).mean() >= target]
-    row: dict[str, Any] = {"seed": seed, "target": target, "plan": None, "ratio": None}
+    plans = [one.plan for one in found.frontier]
+    holding = [plan for plan in plans if fresh.recall(plan).mean() >= target]
+    row = {"seed": seed, "target": target, "said": found.sentence, "holding": holding}
     if found.plan is None:
-        return {**row, "held": not holding, "recall": None, "said": found.sentence}
-    chosen = next(one for one in found.frontier if one.plan == found.plan)
+        return {**row, "plan": None, "recall": None, "held": False}
     recall = float(fresh.recall(found.plan).mean())
-    row |= {"plan": str(found.plan), "recall": recall, "held": recall >= target, "ms": chosen.ms}
-    return {**row, "ratio": chosen.ms / min(holding) if holding else None}
+    return {**row, "plan": found.plan, "recall": recall, "held": recall >= target}
+
+
+def priced(pool: trials.Trials, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cases with their cost ratios, by times that no planner saw."""
+    again = pool._apart(np.arange(len(pool))[::-1])  # what was measured of the pool is not known
+    some = {plan for row in rows for plan in [*row["holding"], row["plan"]] if plan is not None}
+    plans = sorted(some, key=str)
+    ms = dict(zip(plans, again.times(plans), strict=True))
+    found = []
+    for row in rows:
+        least, plan = min((ms[one] for one in row.pop("holding")), default=None), row.pop("plan")
+        ratio = None if plan is None or least is None else ms[plan] / least
+        good = row["held"] and ratio is not None and ratio <= BARS["ratio"]
+        found.append({**row, "plan": plan and str(plan), "ratio": ratio, "good": good})
+    return found
 
 
 def cases(name: str, n_seeds: int, drawn: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -163,15 +178,14 @@ def cases(name: str, n_seeds: int, drawn: tuple[int, ...]) -> list[dict[str, Any
         for target in TARGETS:
             row = case(pool, seed, target, drawn)
             rows.append(row)
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
-            said = f"{row['recall']:.4f} {ratio} {row['plan']}" if row["plan"] else row["said"]
+            said = f"{row['recall']:.4f} {row['plan']}" if row["plan"] else row["said"]
             word = "held" if row["held"] else "MISS"
             print(
                 f"  {name} {seed} {target} {word} {said} ({time.perf_counter() - started:.0f} s)",
                 file=sys.stderr,
                 flush=True,
             )
-    return rows
+    return priced(pool, rows)
 
 
 def kept(name: str, n_seeds: int) -> list[dict[str, Any]]:
@@ -192,21 +206,20 @@ def kept(name: str, n_seeds: int) -> list[dict[str, Any]]:
 
 def summary(name: str, target: float | None, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one row of the result file."""
-    ratios = [one["ratio"] for one in found if one["ratio"] is not None]
+    ratios = [one["ratio"] for one in found if one["held"]]
+    spread = f"cost ratio {min(ratios):.2f} to {max(ratios):.2f} of those; " if ratios else ""
     none = sum(one["plan"] is None for one in found)
-    worst = f"worst cost ratio {max(ratios):.2f}; " if ratios else ""
     return {
         "dataset": name,
         "method": "certified_plan",
-        "metric": f"share of cases in which recall@{K} holds",
-        "value": float(np.mean([one["held"] for one in found])),
+        "metric": f"share of cases in which recall@{K} holds at {BARS['ratio']}x the cost or less",
+        "value": float(np.mean([one["good"] for one in found])),
         "n": len(found),
         "held": sum(one["held"] for one in found),
         **({} if target is None else {"target_recall": target}),
         **({"ratio": float(np.median(ratios))} if ratios else {}),
         "ratio_to": "cheapest_plan_that_holds",
-        "note": f"{worst}cannot certify {none}; within {BARS['ratio']}x: "
-        f"{sum(r <= BARS['ratio'] for r in ratios)} of {len(ratios)}",
+        "note": f"held {sum(one['held'] for one in found)}; {spread}no plan {none}",
     }
 
 
