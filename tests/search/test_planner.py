@@ -10,7 +10,7 @@ import nestvec as nv
 from nestvec._checks import normalise
 from nestvec.errors import DataError, PlanError
 from nestvec.measurement.metrics import per_query
-from nestvec.search import certificate, planner, trials
+from nestvec.search import certificate, engine, planner, trials
 from nestvec.search.cascade import Plan
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
@@ -100,7 +100,8 @@ def test_the_certifying_queries_take_no_part_in_choosing(index, fresh):
     choosing, certifying = pool.subset(np.arange(300)), pool.subset(np.arange(300, 1000))
     hopeless = trials.Trials(index._seen(), fresh[:300], np.full(300, -1), np.zeros((300, 10), int))
     good, bad = found_by(choosing, certifying), found_by(choosing, hopeless)
-    assert len(good.plan.cascade.stages) == 2
+    assert good.plan is not None
+    assert good.plan != EXACT
     assert bad.plan == EXACT
     assert good.frontier == bad.frontier
 
@@ -198,7 +199,7 @@ def test_a_recall_that_was_not_proven_is_refused_with_what_to_type(stored, fresh
         index.search(fresh[:1], recall=0.9999)
     with pytest.raises(PlanError, match=r"recall@10 was certified, and 3 .*recall=0\.9, k=3"):
         index.search(fresh[:1], 3, recall=0.9)
-    with pytest.raises(PlanError, match="give one of them"):
+    with pytest.raises(PlanError, match="give one"):
         index.search(fresh[:1], recall=0.9, dims=16)
     with pytest.raises(DataError, match="share"):
         index.search(fresh[:1], recall=1.1)
@@ -324,7 +325,9 @@ def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
 def test_indexes_of_faiss_are_planned_for_where_they_are_named(index, fresh, name):
     found = index.plan(rows(600, 1), recall=0.9, structures=[name], keep=False)
     assert found.plan is not None
-    assert found.plan.structure == name
+    # So few rows are scored in no time at all: exact search may be the cheapest that holds.
+    assert found.plan.structure in (name, "exact")
+    assert {one.plan.structure for one in found.frontier} == {name, "exact"}
     assert recall(index, fresh, found.plan) >= 0.9
     assert all(one.resident_bytes > 0 for one in found.frontier)
 
@@ -363,12 +366,18 @@ def test_where_no_cheaper_plan_holds_it_is_exact_search(index):
     assert re.search("cannot be certified|out of reach", found.sentence)
 
 
+def asked_for_in(sentence):
+    number = re.search(r"give ([\d,]+)\.", sentence)
+    assert number, sentence
+    return int(number[1].replace(",", ""))
+
+
 def test_the_queries_it_asks_for_count_those_that_choose(index):
     found = index.plan(rows(100, 1), recall=0.97, structures=["graph"], keep=False)
     assert "cannot be certified with 50 queries" in found.sentence
-    asked_for = int(re.search(r"give ([\d,]+)\.", found.sentence)[1].replace(",", ""))
-    assert 198 <= asked_for < 600  # 50 without a miss prove 0.94; 0.97 takes 99 of them
-    found = index.plan(rows(2 * asked_for, 5), recall=0.97, structures=["graph"], keep=False)
+    wanted = asked_for_in(found.sentence)
+    assert 198 <= wanted < 600  # 50 without a miss prove 0.94; 0.97 takes 99 of them
+    found = index.plan(rows(2 * wanted, 5), recall=0.97, structures=["graph"], keep=False)
     assert found.plan.structure == "graph"
 
 
@@ -379,9 +388,9 @@ def test_the_number_of_queries_is_from_their_own_spread():
     proof = certificate.Certificate(0.95, 0.95, 0, (bound,))
     common = {"k": 10, "confidence": 0.95, "gallery_like": False}
     said = planner._cannot(tested, tested, proof, values, 0.95, common)
-    needed = certificate.n_needed(0.96, values.var(), 0.95)
-    binomial = certificate.n_needed(0.96, 0.96 * 0.04 / 10, 0.95)
-    given = int(re.search(r"give ([\d,]+)\.", said)[1].replace(",", ""))
+    needed = certificate.n_needed(0.96, float(values.var()), 0.95) or 0
+    binomial = certificate.n_needed(0.96, 0.96 * 0.04 / 10, 0.95) or 0
+    given = asked_for_in(said)
     assert 2 * needed <= given < 2.2 * needed
     assert given > 4 * binomial
 
@@ -425,14 +434,14 @@ def test_a_plan_is_timed_whole_and_one_query_a_call(index, fresh, monkeypatch):
     """By a clock that counts calls: each takes as long as its plan keeps rows."""
     pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
     now, sizes = [0.0], set()
-    real = trials.engine.run
+    real = engine.run
 
     def run(plan, queries, *more, **options):
         sizes.add(len(queries))
         now[0] += plan.cascade.stages[0].keep / 1000
         return real(plan, queries, *more, **options)
 
-    monkeypatch.setattr(trials.engine, "run", run)
+    monkeypatch.setattr(engine, "run", run)
     pool._clock = lambda: now[0]
     plans = [Plan.parse(f"lists(probes=3) 48:int8@{keep} > 48@10") for keep in (12, 100)]
     assert pool.times(plans) == pytest.approx([12, 100])
@@ -446,7 +455,7 @@ def test_the_time_of_a_plan_is_that_of_searches_one_by_one(index, planned, fresh
     took = []
     for row in [0] * 20 + [*range(200)]:
         started = time.perf_counter()
-        trials.engine.run(planned.plan, fresh[row : row + 1], view, view.everyone)
+        engine.run(planned.plan, fresh[row : row + 1], view, view.everyone)
         took.append(1000 * (time.perf_counter() - started))
     assert chosen.ms == pytest.approx(np.median(took[20:]), rel=0.8)
 
