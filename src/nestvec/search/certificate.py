@@ -27,7 +27,6 @@ _SHARE = 250  # of the values left, a 250th are the next block: single values fo
 _CAUTION = 0.85  # a bet that is to pay 1 or nothing is hedged by 2.06 at w = 0.05, not by 2.45
 _BOLDEST = 4.0  # what a fund can be moved by, in those units: 4.08 is wanted at w = 1e-5
 _PRIOR = 0.05  # losses seen before the first, all of them whole: a variance per loss of 1
-_SMALLEST_P = 1e-12
 _NOTHING = 1e-12  # recall is in steps of 1/k
 _DUST = 1e-14  # of capital
 
@@ -191,42 +190,6 @@ def lower_bound(
     return max(0.0, lower)
 
 
-def upper_bound(
-    values: ArrayLike,
-    *,
-    confidence: float | int = 0.95,
-    method: Method = "betting",
-    seed: int = 0,
-) -> float:
-    """Return a number that the mean stays below with this confidence; see `lower_bound`.
-
-    >>> round(upper_bound([0.0] * 1000), 4)
-    0.003
-    """
-    return 1 - lower_bound(1 - _values(values), confidence=confidence, method=method, seed=seed)
-
-
-def p_value(values: ArrayLike, target: float | int, *, seed: int = 0) -> float:
-    """Return how surprising the values are if the mean is at most ``target``, in [1e-12, 1].
-
-    The smallest ``1 - confidence`` at which the betting `lower_bound` reaches ``target``.
-
-    >>> round(p_value([1.0] * 300, 0.99), 3), round(0.99**300, 3)
-    (0.049, 0.049)
-    """
-    x = _rounded_down(_values(values))
-    m = np.array([_target(target)])
-    if m[0] >= x.mean():
-        return 1.0
-    x = _shuffled(x, seed)
-
-    def rejected(levels: Array) -> NDArray[np.bool_]:
-        return _capital(x, m, levels) >= 1
-
-    levels = np.geomspace(_SMALLEST_P, 1, _GRID)  # at level 1 all is rejected
-    return _first(rejected, levels, np.geomspace)
-
-
 def n_needed(
     mean: float | int,
     variance: float | int,
@@ -278,19 +241,15 @@ def _betting_bound(x: Array, mean: float, alpha: float) -> float:
         return _capital(x, mean - gaps, level) >= 1
 
     gaps = mean * np.geomspace(1e-3 / len(x), 1, _GRID)  # at the last, m = 0, all is rejected
-    return mean - _first(rejected, gaps, np.linspace)
+    return mean - _first(rejected, gaps)
 
 
-def _first(
-    rejected: Callable[[Array], NDArray[np.bool_]],
-    rising: Array,
-    between: Callable[[float, float, int], Array],
-) -> float:
+def _first(rejected: Callable[[Array], NDArray[np.bool_]], rising: Array) -> float:
     """Return the smallest rejected candidate; the last of ``rising`` is one without a test."""
     at = int(np.argmax(np.append(rejected(rising[:-1]), True)))
     if at == 0:
         return float(rising[0])
-    finer = between(float(rising[at - 1]), float(rising[at]), _GRID)[1:]
+    finer = np.linspace(rising[at - 1], rising[at], _GRID)[1:]
     return float(finer[int(np.argmax(np.append(rejected(finer[:-1]), True)))])
 
 
