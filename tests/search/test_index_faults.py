@@ -539,6 +539,7 @@ def assert_noticed(index, places, plan):
         assert_right(index, MODEL, [plan])
         index.check()  # a bit in what fills the header up to its size is for it alone
         assert index.check()["ok"]
+        index.search(QUERIES)  # what was damaged is gone, and is derived anew
         del index
 
 

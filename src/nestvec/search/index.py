@@ -124,6 +124,7 @@ class Index:
         self._derived = Derived(self.path / "derived", sizes, show_progress=show_progress)
         self._lock = threading.RLock()
         self._view: View | None = None
+        self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
         self._plan_path = str(self.path / _PLAN)
         self._plan_known: tuple[Any, Plan | None, dict[str, Any]] = (None, None, {})
         # Lance refuses to read a dataset object that another thread writes with, so writes have
@@ -663,13 +664,16 @@ class Index:
         """Return a view of the newest version."""
         view = self._looked()
         assert view is not None
+        if view is self._weighed:
+            return view
+        self._weighed = view
         if view.n_fresh > max(_MANY, view.everyone.n_derived):
             slow = {*engine.KNOWN} & {*view.generation.names()}
             if not slow:
                 return self._renewed(view)
             _log.warning(
                 "%s: %s rows were written since its structures were built, more than are in them; "
-                "each search scores all of those. Compacting it takes them in.",
+                "each search scores all of those. compact() takes them in.",
                 self.path,
                 f"{view.n_fresh:,}",
             )
@@ -702,7 +706,7 @@ class Index:
         """Derive the version of a view anew; searches go on meanwhile."""
         generation = self._derived.derive(old.snapshot, parts)
         with self._lock:
-            self._view = View(old.snapshot, generation)
+            self._view, self._weighed = View(old.snapshot, generation), None
         return self._seen()
 
     def _healed(self, work: Callable[[View], Any]) -> tuple[View, Any]:
@@ -724,7 +728,7 @@ class Index:
         """Remove a generation in which vectors are damaged; the next search derives it anew."""
         with self._lock:
             if self._view is not None and self._view.generation is generation:
-                self._view = None
+                self._view = self._weighed = None
                 self._derived.discard(generation)
 
 
