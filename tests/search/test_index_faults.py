@@ -690,6 +690,21 @@ def test_a_filter_costs_no_recall(tmp_path, structure):
     assert min(recalls) > recalls[0] - 0.02
 
 
+def test_a_folder_that_is_removed_loses_its_name_first(index, monkeypatch):
+    index.build("graph")
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *args, **options: None)
+        index._seen().generation.remove("graph")
+        assert index.check()["ok"]
+        assert "graph" not in index.stats()["structures"]
+        index._discard(index._seen().generation)
+    assert_right(index, MODEL, ["exact 32@10"])
+    assert Index.open(index.path).check()["ok"]
+    index.delete([0])
+    index.compact()
+    assert len([*(index.path / "derived").iterdir()]) == 1
+
+
 def test_a_knob_may_be_written_as_a_fraction_that_is_whole(index):
     assert_right(index, MODEL, ["lists(probes=1000.0) 16:int8@1000 > 32@10"])
 

@@ -1,6 +1,7 @@
 """Search: cascades over arrays in memory, and `Index`, which keeps a gallery on disk.
 
-`Index`, `Hits` and `Planned` need ``nestvec[index]`` and are imported when they are first used.
+`Index`, `Batch`, `Hits` and `Planned` need ``nestvec[index]`` and are imported when they are first
+used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,10 @@ from nestvec.search.run import (
 if TYPE_CHECKING:
     from nestvec.search.index import Hits, Index
     from nestvec.search.planner import Planned
+    from nestvec.search.store import Batch
 
 __all__ = [
+    "Batch",
     "Bound",
     "Cascade",
     "Certificate",
@@ -40,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Hits", "Index", "Planned"):
+    if name not in ("Batch", "Hits", "Index", "Planned"):
         raise AttributeError(f"module 'nestvec.search' has no attribute {name!r}")
     from nestvec.search import index
 

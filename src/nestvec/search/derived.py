@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,7 @@ class Derived:
             for name in os.listdir(self.home):  # noqa: PTH208
                 version = name.partition("-")[0]
                 if version.isdigit():
-                    stamp = name.removesuffix(".part")
+                    stamp = name.partition(".")[0]  # its end is .part, and maybe more
                     found.append(_Stamp(int(version), stamp, self.home / name))
         return sorted(found, reverse=True)
 
@@ -83,13 +82,13 @@ class Derived:
                 with contextlib.suppress(OSError):
                     lock = sealed.locked(stamp.folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     try:
-                        shutil.rmtree(stamp.folder, ignore_errors=True)
+                        sealed.remove(stamp.folder)
                     finally:
                         os.close(lock)
 
     def discard(self, found: Generation) -> None:
         """Remove a generation in which vectors are damaged, or pass over it from now on."""
-        shutil.rmtree(found.folder, ignore_errors=True)
+        sealed.remove(found.folder)
         if found.folder.exists():  # it may not be removed
             self._refused.add(found.folder)
 
@@ -112,7 +111,7 @@ class Derived:
                     "%s was derived from a version that the record has lost; it is removed.",
                     stamp.folder,
                 )
-                shutil.rmtree(stamp.folder, ignore_errors=True)
+                sealed.remove(stamp.folder)
 
 
 def _is_of(stamp: _Stamp, snapshot: Any) -> bool:

@@ -216,7 +216,7 @@ class Generation:
 
     def remove(self, name: str) -> None:
         """Remove a structure from disk; it is made again when it is asked for after that."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        sealed.remove(self.folder / name)
 
     def _encode(self, dim: int) -> Arrays:
         scale = scale_of(self.mirror.sample(dim), dim)

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ class Damaged(StorageError):
 def part_of(folder: Path) -> Path:
     """Return where ``folder`` is made until it is whole."""
     return folder.with_name(folder.name + ".part")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder if it is there; its name goes first.
+
+    So who is killed on the way leaves nothing that looks like a damaged one.
+    """
+    gone = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        folder.rename(gone)
+    except OSError:  # it is not there, or may not be renamed
+        gone = folder
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def locked(folder: Path, how: int) -> int:
