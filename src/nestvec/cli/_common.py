@@ -61,8 +61,16 @@ _TYPED = {
     "upsert() replaces rows, add() only adds them": "nestvec index upsert replaces rows, add "
     "only adds them",
     "missing_ok=True deletes the others": "--missing-ok deletes the others",
+    "set n_queries to": "add --n-queries",
     "with precision='float32'": "with --precision float32",
 }
+
+
+def as_typed(message: str) -> str:
+    """Return a sentence of the library in the words of the command line."""
+    for python, typed in _TYPED.items():
+        message = message.replace(python, typed)
+    return message
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -73,10 +81,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except NestvecError as error:
-            message = str(error)
-            for python, typed in _TYPED.items():
-                message = message.replace(python, typed)
-            fail(message)
+            fail(as_typed(str(error)))
         except KeyboardInterrupt:
             log.print("\ninterrupted")
             raise typer.Exit(130) from None

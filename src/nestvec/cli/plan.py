@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nestvec._atomic import make_way, written_beside
 from nestvec._extras import require
-from nestvec.cli._common import Json, ModelName, command, fail, log, note, out, print_json
+from nestvec.cli._common import Json, ModelName, as_typed, command, fail, log, note, out, print_json
 from nestvec.cli._index import Folder, open_index, read_queries
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def plan(
         print_json({"index": str(index), "plan": chosen, **as_json(found)})
     else:
         out.print(_table(found))
-        (log if found.plan is None else out).print(found.sentence, markup=False, highlight=False)
+        said = as_typed(found.sentence)
+        (log if found.plan is None else out).print(said, markup=False, highlight=False)
     if found.plan is None:
         raise typer.Exit(1)
     if not dry_run:
