@@ -37,7 +37,7 @@ def _root(
     pass
 
 
-for _name in "demo embed fit transform measure search plan export classify".split():
+for _name in "demo embed fit transform measure search plan export classify mine".split():
     _module = importlib.import_module(f"nestvec.cli.{_name}")
     app.command(name=_name, epilog=_module.EPILOG)(getattr(_module, _name))
 

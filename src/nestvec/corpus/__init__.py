@@ -7,6 +7,7 @@ from nestvec.corpus.images import Images, read_images
 from nestvec.corpus.own_text import read_texts
 from nestvec.corpus.passages import passages, summary_queries
 from nestvec.corpus.retrieval_set import Qrels, RetrievalSet, Texts, check_qrels
+from nestvec.corpus.written import write_examples
 
 __all__ = [
     "Examples",
@@ -24,4 +25,5 @@ __all__ = [
     "read_qrels",
     "read_texts",
     "summary_queries",
+    "write_examples",
 ]

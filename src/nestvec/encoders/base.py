@@ -152,7 +152,8 @@ class Encoder(ABC):
         order = np.argsort(-lengths, kind="stable")
         store = None
         if resume is not None:
-            store = _Chunks(Path(resume), self._key(items, role), self._unit)
+            differs = f"{self._unit}, model, role or batch size"
+            store = Chunks(Path(resume), self._key(items, role), "encoding", differs)
         vectors = np.empty((len(items), space.dim), dtype=np.float32)
         n_resumed = 0
         label = f"encoding {PLURAL[role]}"
@@ -244,10 +245,14 @@ class Encoder(ABC):
         return digest.hexdigest()
 
 
-class _Chunks:
-    """Finished chunks in a folder that belongs to one encoding."""
+class Chunks:
+    """Finished chunks of one job, (n, dim) float32 each, in a folder that is the job's alone.
 
-    def __init__(self, folder: Path, key: str, unit: str) -> None:
+    ``key`` is a hash of all that decides what they hold; ``job`` and ``differs`` say to whom meets
+    another job's folder what it is and what may be other.
+    """
+
+    def __init__(self, folder: Path, key: str, job: str, differs: str) -> None:
         self.folder = folder
         about = folder / "about.json"
         if about.is_file():
@@ -257,8 +262,8 @@ class _Chunks:
                 same = False
             if not same:
                 raise DataError(
-                    f"{folder} holds the chunks of another encoding (other {unit}, model, role or "
-                    f"batch size). Remove that folder to start anew, or name another one."
+                    f"{folder} holds the chunks of another {job} (other {differs}). Remove that "
+                    f"folder to start anew, or name another one."
                 )
         elif folder.exists() and (
             not folder.is_dir()

@@ -11,6 +11,7 @@ from nestvec._extras import require
 require("torch", extra="fit", why="nestvec.train")
 
 from nestvec.train.chunked import encode_in_chunks  # noqa: E402  # a missing torch is said first
+from nestvec.train.distillation import ScoreDistillation  # noqa: E402  # likewise
 from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # likewise
 from nestvec.train.heads import (  # noqa: E402  # likewise
     BlockLayerNorm,
@@ -31,6 +32,7 @@ from nestvec.train.objectives import (  # noqa: E402  # likewise
     check_labels,
     cut,
 )
+from nestvec.train.pairwise import StaticAndRandom  # noqa: E402  # likewise
 from nestvec.train.ranking import CoSENT  # noqa: E402  # likewise
 from nestvec.train.result import Trained, load_classifier  # noqa: E402  # likewise
 from nestvec.train.sentence_transformer import SentenceTransformerLoss  # noqa: E402  # likewise
@@ -39,10 +41,16 @@ from nestvec.train.settings import Settings  # noqa: E402  # likewise
 if TYPE_CHECKING:
     from nestvec.train.image import ShiftAndFlip, train_image
     from nestvec.train.image_text import train_image_text
+    from nestvec.train.mining import Mined, mine_negatives
+    from nestvec.train.teacher import CrossEncoderTeacher, score_pairs
     from nestvec.train.text import train_text
 
 _HOME = {
+    "CrossEncoderTeacher": "nestvec.train.teacher",
+    "Mined": "nestvec.train.mining",
     "ShiftAndFlip": "nestvec.train.image",
+    "mine_negatives": "nestvec.train.mining",
+    "score_pairs": "nestvec.train.teacher",
     "train_image": "nestvec.train.image",
     "train_image_text": "nestvec.train.image_text",
     "train_text": "nestvec.train.text",
@@ -53,17 +61,21 @@ __all__ = [
     "BlockTriangularLinear",
     "ClassLabels",
     "CoSENT",
+    "CrossEncoderTeacher",
     "InfoNCE",
     "KeepNeighbours",
+    "Mined",
     "NestedClassifier",
     "NestedCrossEntropy",
     "NestedDistillation",
     "NestedDropout",
     "NestedLoss",
     "NestedMaskedLM",
+    "ScoreDistillation",
     "SentenceTransformerLoss",
     "Settings",
     "ShiftAndFlip",
+    "StaticAndRandom",
     "SupervisedContrastive",
     "Trained",
     "best_size",
@@ -72,7 +84,9 @@ __all__ = [
     "encode_in_chunks",
     "gathered",
     "load_classifier",
+    "mine_negatives",
     "row_offset",
+    "score_pairs",
     "train_image",
     "train_image_text",
     "train_text",
