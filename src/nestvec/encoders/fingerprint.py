@@ -15,6 +15,7 @@ _BESIDE = {
     "gradient_checkpointing",
     "is_matryoshka",
     "matryoshka_dimensions",
+    "nestvec_head",  # its settings and weights are hashed by themselves
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -41,7 +42,8 @@ def image_fingerprint(network: Any, preprocessing: Any) -> str:
     """Return ``sha256:<64 hex digits>`` of an image network and its preprocessing.
 
     Hashed are the weights, the backbone's config (of a module that has none, its class and how
-    torch prints it) and every setting of the preprocessing. Not hashed: names, paths, the device.
+    torch prints it), the head if there is one, and every setting of the preprocessing. Not hashed:
+    names, paths, the device.
     """
     backbone = network.backbone
     config = getattr(backbone, "config", None)
@@ -49,6 +51,9 @@ def image_fingerprint(network: Any, preprocessing: Any) -> str:
     digest = hashlib.sha256()
     digest.update(_canonical([type(backbone).__name__, built, asdict(preprocessing)]))
     _add_weights(digest, backbone.state_dict())
+    if network.head is not None:
+        digest.update(_canonical(repr(network.head)))
+        _add_weights(digest, network.head.state_dict())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nestvec._pixels import EncodedImage, as_pixel_batch, as_pixels, check_channels, opened
 from nestvec.encoders.base import Encoder, Items, Role, id_of
+from nestvec.encoders.compatible_with import compatible_with
 from nestvec.encoders.fingerprint import image_fingerprint
 from nestvec.encoders.shared_space import shared
 from nestvec.errors import DataError, ModelError
@@ -100,12 +101,14 @@ class ImageEncoder(Encoder):
             self._space = self._describe()
 
     def _describe(self) -> Space:
+        own = image_fingerprint(self.network, self.preprocessing)
         return Space(
-            fingerprint=shared(self._folder, image_fingerprint(self.network, self.preprocessing)),
+            fingerprint=shared(self._folder, own),
             dim=self.network.dim,
             normalisation="l2" if self.normalise else "none",
             model=self._name,
             nesting_dims=self.network.nesting_dims,
+            compatible_with=compatible_with(self._folder, own),
         )
 
     def _checked(self, images: Any, ids: Any) -> Items:

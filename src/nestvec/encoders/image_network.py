@@ -25,10 +25,14 @@ require("torch", extra="image", why="an image network")
 import torch  # noqa: E402  # a missing torch is said first
 from torch import Tensor, nn  # noqa: E402  # likewise
 
+from nestvec.encoders.wider import describe_head, head_from  # noqa: E402  # likewise
+
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
-_OURS = (CONFIG, WEIGHTS, PREPROCESSOR, "README.md")
+HEAD = "head.safetensors"
+_OURS = (CONFIG, WEIGHTS, HEAD, PREPROCESSOR, "README.md")
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _FOREIGN = "foreign_backbone"  # the key of config.json for a network that transformers lacks
+_HEAD = "nestvec_head"  # the key of config.json for what follows the backbone
 
 
 @dataclass(frozen=True)
@@ -178,11 +182,15 @@ class ImageNetwork(nn.Module):
         pixel values (n, channels, height, width) and returns (n, dim).
     dim
         Size of a row. Of a model of transformers it is found out; of your own module say it.
+    head
+        What the backbone's rows go through last: `nestvec.encoders.wider` has those that are saved.
     """
 
-    def __init__(self, backbone: nn.Module, *, dim: int | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, *, dim: int | None = None, head: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.head = backbone, head
         if dim is None and not hasattr(backbone, "config"):
             raise ModelError(
                 f"a {type(backbone).__name__} does not say how long its rows are: pass dim=."
@@ -191,12 +199,16 @@ class ImageNetwork(nn.Module):
         self.nesting_dims: tuple[int, ...] = ()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        rows = _rows(self.backbone(pixel_values))
+        rows = self._encoded(pixel_values)
         if rows.shape[1] != self.dim:
             raise DimensionError(
                 f"the backbone returned {rows.shape[1]} dims where dim={self.dim} was said."
             )
         return rows
+
+    def _encoded(self, pixel_values: Tensor) -> Tensor:
+        rows = _rows(self.backbone(pixel_values))
+        return rows if self.head is None else self.head(rows)
 
     def _found_dim(self) -> int:
         config: Any = self.backbone.config
@@ -204,8 +216,8 @@ class ImageNetwork(nn.Module):
         height, width = (side, side) if isinstance(side, int) else side
         first = next(self.backbone.parameters())
         blank = first.new_zeros(1, getattr(config, "num_channels", 3), height, width)
-        with evaluating(self.backbone):
-            return _rows(self.backbone(blank)).shape[1]
+        with evaluating(self):
+            return self._encoded(blank).shape[1]
 
 
 def _rows(output: Any) -> Tensor:
@@ -303,7 +315,8 @@ def save_image_model(
     """Write a model folder as transformers lays it out; one of ours that stands there is replaced.
 
     ``config.json`` (with ``is_matryoshka`` and ``matryoshka_dimensions``, the full size always
-    among them), ``model.safetensors`` (of the backbone) and ``preprocessor_config.json``. A
+    among them), ``model.safetensors`` (of the backbone), ``head.safetensors`` if there is a head,
+    and ``preprocessor_config.json``. A
     backbone of transformers loads with ``AutoModel.from_pretrained(folder)``; of any other the
     config names the class, and `load_image_model` needs an instance of it.
     """
@@ -322,6 +335,11 @@ def save_image_model(
             kind = type(backbone)
             about = {_FOREIGN: f"{kind.__module__}.{kind.__qualname__}", "dim": network.dim}
         about |= {"is_matryoshka": True, "matryoshka_dimensions": sizes}
+        about.pop(_HEAD, None)  # of the folder that the backbone came from
+        if network.head is not None:
+            about[_HEAD] = describe_head(network.head)
+            save = require("safetensors.torch", extra="image", why="saving weights")
+            save.save_model(network.head, str(scratch / HEAD))
         config.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         preprocessing.save(scratch)
 
@@ -367,12 +385,22 @@ def load_image_model(
         load = require("safetensors.torch", extra="image", why="loading weights").load_model
         with _damage_told(folder):
             load(backbone, str(folder / WEIGHTS), strict=True)
-        network = ImageNetwork(backbone, dim=about.get("dim"))
+        network = ImageNetwork(backbone, dim=about.get("dim"), head=_head(folder, about))
     else:
-        network = ImageNetwork(_pretrained(folder))
+        network = ImageNetwork(_pretrained(folder), head=_head(folder, about))
     preprocessing = preprocessing or Preprocessing.load(folder)
     network.nesting_dims = dims_from_config(folder, full=network.dim) or ()
     return network.eval(), preprocessing, network.nesting_dims
+
+
+def _head(folder: Path, about: dict[str, Any]) -> nn.Module | None:
+    if _HEAD not in about:
+        return None
+    load = require("safetensors.torch", extra="image", why="loading weights").load_model
+    with _damage_told(folder):
+        head = head_from(about[_HEAD])
+        load(head, str(folder / HEAD), strict=True)
+    return head
 
 
 def _pretrained(folder: Path) -> nn.Module:

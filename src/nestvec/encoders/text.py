@@ -14,6 +14,7 @@ from nestvec._extras import require
 from nestvec.encoders import bundled
 from nestvec.encoders._quiet import quiet
 from nestvec.encoders.base import Encoder, Items, Role
+from nestvec.encoders.compatible_with import compatible_with
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.encoders.image import is_image_model
 from nestvec.encoders.shared_space import shared
@@ -122,8 +123,9 @@ class TextEncoder(Encoder):
         dims = dims or getattr(config, "matryoshka_dimensions", None) or known_dims(self._name)
         unit = self.normalise or type(self.model[-1]).__name__ == "Normalize"
         similarity = str(getattr(self.model, "similarity_fn_name", "") or "")
+        own = fingerprint(self.model)
         return Space(
-            fingerprint=shared(self._folder, fingerprint(self.model)),
+            fingerprint=shared(self._folder, own),
             dim=self._dim,
             document_prompt=self.prompts["document"],
             query_prompt=self.prompts["query"],
@@ -132,6 +134,7 @@ class TextEncoder(Encoder):
             revision=self.revision,
             metric="dot" if similarity == "dot" and not unit else "cosine",
             nesting_dims=tuple(d for d in dims or () if d <= self._dim),
+            compatible_with=compatible_with(self._folder, own),
         )
 
     def _vectors(self, texts: list[str], role: Role) -> ArrayLike:

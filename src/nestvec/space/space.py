@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -55,6 +56,9 @@ class Space:
         Sizes the vectors were made to be cut to, rising; empty if nobody said.
     precision
         Number format of the stored vectors: float32, float16, int8 or binary.
+    compatible_with
+        Stamp of an older Space, if the first numbers of these vectors, cut to its size and
+        L2-normalised, were trained to live there (`nestvec.upgrade.compatible_prefix`).
     """
 
     fingerprint: str
@@ -70,6 +74,7 @@ class Space:
     metric: str = field(default="cosine", compare=False)
     nesting_dims: tuple[int, ...] = field(default=(), compare=False)
     precision: str = field(default="float32", compare=False)
+    compatible_with: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
@@ -161,7 +166,14 @@ class Space:
         self.check_prefix(dim, allow_untrained=allow_untrained)
         if dim == self.size:
             return self
-        return replace(self, cut=dim, nesting_dims=tuple(d for d in self.nesting_dims if d <= dim))
+        old = self.compatible_with
+        kept = old is not None and (old["cut"] or old["dim"]) <= dim
+        return replace(
+            self,
+            cut=dim,
+            nesting_dims=tuple(d for d in self.nesting_dims if d <= dim),
+            compatible_with=old if kept else None,
+        )
 
     def check_prefix(self, dim: int, *, allow_untrained: bool = False) -> None:
         """Raise `DimensionError` unless vectors of this Space may be cut to ``dim``."""
@@ -197,6 +209,7 @@ class Space:
                 f"a map takes full vectors, and {self.label} is cut to {self.cut} of {self.dim} "
                 f"dims. Apply the map first, then cut."
             )
+        changes = {"compatible_with": None, **changes}  # a map may leave the old Space
         return replace(self, maps=(*self.maps, content_hash), **changes)
 
     @property
@@ -247,6 +260,9 @@ def _what_would_join(a: Space, b: Space) -> str:
     if replace(a, cut=None).space_id == replace(b, cut=None).space_id:
         size = min(a.size, b.size)
         return f"They are two sizes of one space: cut the longer with prefix({size})."
+    for new, old in ((a, b), (b, a)):
+        if new.compatible_with and new.compatible_with["space_id"] == old.space_id:
+            return f"{new.label} was trained to hold the other: nestvec.upgrade.compatible_prefix."
     if a.fingerprint != b.fingerprint:
         return (
             "They come from two models: encode one side again with the other's model, or fit a "

@@ -11,6 +11,15 @@ from nestvec._extras import require
 require("torch", extra="fit", why="nestvec.train")
 
 from nestvec.train.chunked import encode_in_chunks  # noqa: E402  # a missing torch is said first
+from nestvec.train.compatible import (  # noqa: E402  # likewise
+    OCA_CONFIGURED,
+    BackwardCompatible,
+    BasisTransformation,
+    BlockOrthogonal,
+    OldClasses,
+    OrthogonalCompatible,
+)
+from nestvec.train.compatible_pairs import CompatiblePairs  # noqa: E402  # likewise
 from nestvec.train.distillation import ScoreDistillation  # noqa: E402  # likewise
 from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # likewise
 from nestvec.train.heads import (  # noqa: E402  # likewise
@@ -37,6 +46,12 @@ from nestvec.train.ranking import CoSENT  # noqa: E402  # likewise
 from nestvec.train.result import Trained, load_classifier  # noqa: E402  # likewise
 from nestvec.train.sentence_transformer import SentenceTransformerLoss  # noqa: E402  # likewise
 from nestvec.train.settings import Settings  # noqa: E402  # likewise
+from nestvec.train.simplex import (  # noqa: E402  # likewise
+    HigherOrderCompatible,
+    StationaryClassifier,
+    StationaryLabels,
+    simplex,
+)
 
 if TYPE_CHECKING:
     from nestvec.train.image import ShiftAndFlip, train_image
@@ -57,11 +72,17 @@ _HOME = {
 }
 
 __all__ = [
+    "OCA_CONFIGURED",
+    "BackwardCompatible",
+    "BasisTransformation",
     "BlockLayerNorm",
+    "BlockOrthogonal",
     "BlockTriangularLinear",
     "ClassLabels",
     "CoSENT",
+    "CompatiblePairs",
     "CrossEncoderTeacher",
+    "HigherOrderCompatible",
     "InfoNCE",
     "KeepNeighbours",
     "Mined",
@@ -71,11 +92,15 @@ __all__ = [
     "NestedDropout",
     "NestedLoss",
     "NestedMaskedLM",
+    "OldClasses",
+    "OrthogonalCompatible",
     "ScoreDistillation",
     "SentenceTransformerLoss",
     "Settings",
     "ShiftAndFlip",
     "StaticAndRandom",
+    "StationaryClassifier",
+    "StationaryLabels",
     "SupervisedContrastive",
     "Trained",
     "best_size",
@@ -87,6 +112,7 @@ __all__ = [
     "mine_negatives",
     "row_offset",
     "score_pairs",
+    "simplex",
     "train_image",
     "train_image_text",
     "train_text",

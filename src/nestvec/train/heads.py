@@ -49,6 +49,7 @@ class NestedClassifier(nn.Module):
                 f"which labels the training data holds."
             )
         self.dims = parse_dims(dims)
+        self.n_classes = n_classes
         self.normalise = normalise
         self.tied = tied
         sizes = self.dims[-1:] if tied else self.dims
