@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nestvec import upgrade as upgrade
     from nestvec.classify import AdaptiveClassifier
     from nestvec.corpus import Images, RetrievalSet, read_beir, read_images, read_texts
     from nestvec.encoders import CallableEncoder, ImageEncoder, TextEncoder, encode
@@ -57,6 +58,8 @@ _HOME = {
     "read_texts": "nestvec.corpus",
 }
 
+_ROOMS = ("upgrade",)  # packages whose functions are used as nestvec.upgrade.fit
+
 __all__ = [
     "AdaptiveClassifier",
     "CallableEncoder",
@@ -89,6 +92,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"nestvec.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'nestvec' has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOME[name]), name)
@@ -97,4 +102,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

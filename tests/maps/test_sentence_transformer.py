@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation
+from nestvec.maps import MatryoshkaAdaptor, PrincipalRotation, RidgeBridge
 
 TEXTS = [f"a sentence about {thing}" for thing in ("ships", "bread", "winter", "prime numbers")]
 
@@ -22,11 +22,13 @@ def model():
     return st.SentenceTransformer(str(Path(found.origin).parent / "model"))
 
 
-@pytest.fixture(params=["linear", "residual", "rotation"])
+@pytest.fixture(params=["linear", "residual", "rotation", "bridge"])
 def fitted(request, rng):
     x = rng.normal(size=(60, 384)).astype(np.float32)
     if request.param == "rotation":
         return PrincipalRotation().fit(x)
+    if request.param == "bridge":
+        return RidgeBridge(alpha=1.0).fit(x, rng.normal(size=(60, 384)) + 1)
     made = MatryoshkaAdaptor(dims=(64, 384), kind=request.param, max_steps=5, learning_rate=0.05)
     made.fit(x)
     if request.param == "residual":  # whatever the guard chose, test the network's arithmetic

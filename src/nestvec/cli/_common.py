@@ -63,6 +63,7 @@ _TYPED = {
     "missing_ok=True deletes the others": "--missing-ok deletes the others",
     "set n_queries to": "add --n-queries",
     "with precision='float32'": "with --precision float32",
+    "nestvec.upgrade.fit(old=..., new=...)": "nestvec upgrade fit --old OLD --new NEW",
 }
 
 

@@ -1,4 +1,4 @@
-"""Maps from one Space to another: rotations, the Matryoshka adaptor, and small codes.
+"""Maps from one Space to another: rotations, the Matryoshka adaptor, bridges, and small codes.
 
 The estimators need scikit-learn and are imported when first used; `nestvec.maps.codes` is numpy
 only.
@@ -9,17 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestvec.maps.adaptor import MatryoshkaAdaptor
+    from nestvec.maps.alignment import (
+        LowRankBridge,
+        ProcrustesBridge,
+        RelaxedBridge,
+        RidgeBridge,
+        ScoreBridge,
+        UnchangedBridge,
+    )
     from nestvec.maps.base import load_map
     from nestvec.maps.rotation import PrincipalRotation, RandomRotation
 
 _HOME = {
+    "LowRankBridge": "nestvec.maps.alignment",
     "MatryoshkaAdaptor": "nestvec.maps.adaptor",
     "PrincipalRotation": "nestvec.maps.rotation",
+    "ProcrustesBridge": "nestvec.maps.alignment",
     "RandomRotation": "nestvec.maps.rotation",
+    "RelaxedBridge": "nestvec.maps.alignment",
+    "RidgeBridge": "nestvec.maps.alignment",
+    "ScoreBridge": "nestvec.maps.alignment",
+    "UnchangedBridge": "nestvec.maps.alignment",
     "load_map": "nestvec.maps.base",
 }
 
-__all__ = ["MatryoshkaAdaptor", "PrincipalRotation", "RandomRotation", "load_map"]
+__all__ = [
+    "LowRankBridge",
+    "MatryoshkaAdaptor",
+    "PrincipalRotation",
+    "ProcrustesBridge",
+    "RandomRotation",
+    "RelaxedBridge",
+    "RidgeBridge",
+    "ScoreBridge",
+    "UnchangedBridge",
+    "load_map",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,12 @@ _MODULES = {
     "principal_rotation": ("nestvec.maps.rotation", "PrincipalRotation"),
     "random_rotation": ("nestvec.maps.rotation", "RandomRotation"),
     "matryoshka_adaptor": ("nestvec.maps.adaptor", "MatryoshkaAdaptor"),
+    "unchanged_bridge": ("nestvec.maps.alignment", "UnchangedBridge"),
+    "procrustes_bridge": ("nestvec.maps.alignment", "ProcrustesBridge"),
+    "ridge_bridge": ("nestvec.maps.alignment", "RidgeBridge"),
+    "relaxed_bridge": ("nestvec.maps.alignment", "RelaxedBridge"),
+    "low_rank_bridge": ("nestvec.maps.alignment", "LowRankBridge"),
+    "score_bridge": ("nestvec.maps.alignment", "ScoreBridge"),
 }
 
 
@@ -69,7 +75,8 @@ class FittedMap(TransformerMixin, BaseEstimator):
     def module_arrays(self) -> dict[str, NDArray[np.float32]]:
         """Return the map as arrays: ``x @ linear``, ``+ gelu(x @ inner + bias) @ outer`` if there.
 
-        For other frameworks; `as_modules` is made of these.
+        Bridges may have an ``intercept`` to add, for rows of length 1. For other frameworks;
+        `as_modules` is made of these.
         """
         raise NotImplementedError
 
@@ -221,7 +228,8 @@ def load_map(folder: str | os.PathLike[str]) -> FittedMap:
         made = getattr(importlib.import_module(module), name)(**about["settings"])
         made.n_features_in_ = int(about["n_features_in"])
         made.space_ = Space.from_dict(about["space"]) if about["space"] else None
-        made.dims_ = parse_dims(about["dims"], full=made.n_features_in_)
+        full = int(about.get("n_features_out", made.n_features_in_))
+        made.dims_ = parse_dims(about["dims"], full=full)
         made._restore(arrays, about)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, repr(error)) from error

@@ -1,4 +1,4 @@
-"""The guard: of {unchanged, rotation, learned} the user gets the best on held-out data."""
+"""The guard: of several candidates the user gets the best on held-out data."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from nestvec.errors import DataError
 Matrix = NDArray[np.float32]
 Scorer = Callable[[Callable[[Matrix], Matrix]], tuple[float, ...]]
 
-#: From the least change to the most: a tie goes to the earlier one.
-CANDIDATES = ("unchanged", "rotation", "learned")
 _DEPTH = 10  # neighbours, and the cut of nDCG
 
 
@@ -28,13 +26,15 @@ class Guard:
     ----------
     criterion
         ``"closeness kept@10"`` (no labels: how close at full size the 10 are that a prefix finds;
-        1 is the true 10 nearest, 0 is chance), ``"nDCG@10"`` or ``"Spearman"``.
+        1 is the true 10 nearest, 0 is chance), ``"nDCG@10"``, ``"Spearman"``, or for bridges
+        ``"full re-embedding kept@10"`` (the same scale, by the new model's own similarities).
     n_held_out
         Rows, queries or pairs the scores are means over; 0 if there were too few to hold any out.
     dims, weights
         Sizes compared, and what each counts in the choice (they sum to 1).
     scores
-        For each candidate its score at each size.
+        For each candidate its score at each size, from the least change to the most: a tie goes to
+        the earlier one.
     winner
         The candidate that became the map.
     """
@@ -53,22 +53,22 @@ class Guard:
     def at(self, dim: int) -> Guard:
         """Return the comparison at one size alone."""
         scores = {name: (found[self.dims.index(dim)],) for name, found in self.scores.items()}
-        winner = max(self._compared, key=lambda name: scores[name]) if scores else self.winner
+        winner = max(scores, key=lambda name: scores[name]) if scores else self.winner
         return replace(self, dims=(dim,), weights=(1.0,), scores=scores, winner=winner)
-
-    @property
-    def _compared(self) -> list[str]:
-        return [name for name in CANDIDATES if name in self.scores] or ["unchanged"]
 
     def sentence(self) -> str:
         """Say what won, and by how much over what."""
-        names = {"unchanged": "vectors left unchanged", "rotation": "principal rotation kept"}
-        won = names.get(self.winner, "learned map kept")
+        names = {
+            "unchanged": "vectors left unchanged",
+            "rotation": "principal rotation kept",
+            "learned": "learned map kept",
+        }
+        won = names.get(self.winner, f"{self.winner} bridge kept")
         if not self.scores:
             return f"{won}: too few rows to hold any out and compare"
         others = " and ".join(
             f"{self.score(name):.3f} ({name})"
-            for name in reversed(self._compared)
+            for name in reversed(list(self.scores))
             if name != self.winner
         )
         sizes = ", ".join(map(str, self.dims))
@@ -101,36 +101,43 @@ def judge(
 ) -> Guard:
     """Score every candidate at every size; the best weighted mean wins, ties to the simpler."""
     scores = {name: scorer(function) for name, function in candidates.items()}
-    order = [name for name in CANDIDATES if name in scores]
-    winner = max(order, key=lambda name: float(np.dot(scores[name], weights)))
+    winner = max(scores, key=lambda name: float(np.dot(scores[name], weights)))
     return Guard(criterion, n_held_out, dims, weights, scores, winner)
 
 
-def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
-    """Score maps without labels: how close at full size the 10 are that a prefix finds.
+def closeness(true: Matrix) -> Callable[[Matrix], float]:
+    """Return what scores cosines (n_asks, n_gallery): how close, by ``true``, their 10 best are.
 
-    For each asking row, the mean cosine (at full size, before any map) of its 10 nearest by the
-    prefix, on a scale where the true 10 nearest are 1 and random rows are 0. Unlike the recall of
-    neighbours it forgives an exchange of two that are equally close, which costs a user nothing.
+    For each asking row, the mean true cosine of the 10 it finds, on a scale where the true 10
+    nearest are 1 and random rows are 0. Unlike the recall of neighbours it forgives an exchange of
+    two that are equally close, which costs a user nothing.
     """
-    k = min(_DEPTH, len(gallery))
+    k = min(_DEPTH, true.shape[1])
 
     def nearest(cosines: Matrix) -> NDArray[np.int64]:
         return np.argpartition(-cosines, k - 1, axis=1)[:, :k]
 
-    true = asks @ gallery.T
     chance = true.mean(axis=1)
     best = np.take_along_axis(true, nearest(true), axis=1).mean(axis=1)
     span = np.maximum(best - chance, 1e-6)  # rows that are all alike have nothing to tell
 
+    def score(cosines: Matrix) -> float:
+        mean = np.take_along_axis(true, nearest(cosines), axis=1).mean(axis=1)
+        return float(((mean - chance) / span).mean())
+
+    return score
+
+
+def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
+    """Score maps without labels: how close at full size, before any map, are those a prefix finds.
+
+    See `closeness`.
+    """
+    score = closeness(asks @ gallery.T)
+
     def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
         a, g = function(asks), function(gallery)
-        kept = []
-        for d in dims:
-            found = nearest(unit(a[:, :d]) @ unit(g[:, :d]).T)
-            mean = np.take_along_axis(true, found, axis=1).mean(axis=1)
-            kept.append(float(((mean - chance) / span).mean()))
-        return tuple(kept)
+        return tuple(score(unit(a[:, :d]) @ unit(g[:, :d]).T) for d in dims)
 
     return scorer
 

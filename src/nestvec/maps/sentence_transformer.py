@@ -55,7 +55,9 @@ def as_modules(fitted: FittedMap, *, normalise: bool = True) -> list[Any]:
     arrays = fitted.module_arrays()
     linear = arrays["linear"]
     if "inner" not in arrays:
-        chain = [dense(linear, None, torch.nn.Identity())]
+        chain = [dense(linear, arrays.get("intercept"), torch.nn.Identity())]
+        if "intercept" in arrays:
+            chain.insert(0, modules.Normalize())  # the constant is meant for rows of length 1
     else:
         # gelu(x) - gelu(-x) = x, so the residual connection fits through the hidden layer.
         eye = np.eye(len(linear), dtype=np.float32)

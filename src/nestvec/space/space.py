@@ -59,6 +59,9 @@ class Space:
     compatible_with
         Stamp of an older Space, if the first numbers of these vectors, cut to its size and
         L2-normalised, were trained to live there (`nestvec.upgrade.compatible_prefix`).
+    via
+        Content hashes of the bridges that brought the vectors here from another model's Space
+        (`nestvec.upgrade`); empty for vectors of the model itself.
     """
 
     fingerprint: str
@@ -75,6 +78,7 @@ class Space:
     nesting_dims: tuple[int, ...] = field(default=(), compare=False)
     precision: str = field(default="float32", compare=False)
     compatible_with: Mapping[str, Any] | None = field(default=None, compare=False)
+    via: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.fingerprint:
@@ -89,7 +93,8 @@ class Space:
                 raise SpaceError(
                     f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}."
                 )
-        object.__setattr__(self, "maps", tuple(self.maps))
+        for name in ("maps", "via"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.nesting_dims:
             dims = parse_dims(self.nesting_dims, full=self.dim)
             object.__setattr__(self, "nesting_dims", dims)
@@ -217,7 +222,8 @@ class Space:
         """One line for messages: name, id, size."""
         name = self.model or self.fingerprint[:24]
         maps = f" + {len(self.maps)} map{'s' * (len(self.maps) > 1)}" if self.maps else ""
-        return f"{name}{maps} ({self.size} dims, space {self.space_id})"
+        via = f", through bridge {self.via[-1]}" if self.via else ""
+        return f"{name}{maps} ({self.size} dims, space {self.space_id}{via})"
 
     def check_same(self, other: Space) -> None:
         """Raise `SpaceMismatchError` unless vectors of ``other`` may be compared with ours."""
@@ -243,7 +249,7 @@ class Space:
         names = {f.name for f in fields(cls)}
         try:
             values = {k: v for k, v in stamp.items() if k in names}
-            for key in ("maps", "nesting_dims"):
+            for key in ("maps", "nesting_dims", "via"):
                 values[key] = tuple(values.get(key, ()))
             space = cls(**values)
         except TypeError as error:
@@ -265,8 +271,8 @@ def _what_would_join(a: Space, b: Space) -> str:
             return f"{new.label} was trained to hold the other: nestvec.upgrade.compatible_prefix."
     if a.fingerprint != b.fingerprint:
         return (
-            "They come from two models: encode one side again with the other's model, or fit a "
-            "map between the two spaces on a sample encoded by both."
+            "They come from two models: encode one side again with the other's model, or join "
+            "them by nestvec.upgrade.fit(old=..., new=...) on a sample encoded by both."
         )
     if a.maps != b.maps:
         short, long = sorted((a, b), key=lambda s: len(s.maps))

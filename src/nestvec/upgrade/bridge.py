@@ -1,0 +1,217 @@
+"""Fit the best bridge between two models from a sample that both have encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+
+from nestvec import _checks
+from nestvec.errors import DataError
+from nestvec.maps import alignment as ways
+from nestvec.maps import guard as guards
+from nestvec.space import Embeddings
+
+Matrix = NDArray[np.float32]
+
+#: The bridges by name, from the least freedom to the most.
+BRIDGES: dict[str, type[ways.Bridge]] = {
+    "unchanged": ways.UnchangedBridge,
+    "procrustes": ways.ProcrustesBridge,
+    "relaxed": ways.RelaxedBridge,
+    "ridge": ways.RidgeBridge,
+    "score": ways.ScoreBridge,
+    "low_rank": ways.LowRankBridge,
+}
+_NESTED = ("procrustes", "relaxed", "ridge")
+_FEWEST_PAIRS = 50  # below this, what is held out tells no bridge from another
+_SAFEST = "procrustes"
+_MOST_HELD_OUT = 1000  # pairs; more would cost time and tell no more
+
+
+def fit(
+    *,
+    old: Any,
+    new: Any,
+    kinds: Collection[str] | None = None,
+    moves: str = "queries",
+    dims: Any = None,
+    nested: bool = False,
+    sample_size: int | None = 2000,
+    validation_fraction: float = 0.2,
+    random_state: Any = 0,
+) -> ways.Bridge:
+    """Bridge two models: from a few texts that both have encoded, the best map by held-out pairs.
+
+    Every kind of bridge is fitted on most of the pairs and compared on the rest; the winner is
+    fitted again on all. ``.guard_.sentence()`` says what won and by how much.
+
+    Parameters
+    ----------
+    old, new : Embeddings or (n, dim) arrays
+        The same texts by the old and by the new model, best texts like the queries to come and
+        like the gallery. If both sides have ids, rows are paired by them, and texts that only one
+        side has are left out; else row by row.
+    kinds
+        Names of `BRIDGES` to compare; by default all that fit.
+    moves
+        ``"queries"``: the bridge takes vectors of the new model to the old space, so that new
+        queries search the old gallery as it is. ``"gallery"``: it takes the stored old vectors to
+        the new space, where the new model's queries come as they are.
+    dims, nested
+        Sizes and block-triangular form, as in `nestvec.maps.RidgeBridge`; ``nested`` leaves only
+        the bridges that have it.
+    sample_size
+        Pairs to learn from, drawn at random if there are more; None takes all.
+    validation_fraction
+        Share of them held out for the comparison.
+    random_state
+        Seed of the sample and of the split.
+
+    Returns
+    -------
+    Bridge
+        A fitted map: ``transform``, ``save``, `nestvec.load_map`. With fewer than 50 pairs nothing
+        is compared and it is the safest one, `nestvec.maps.ProcrustesBridge`.
+
+    Raises
+    ------
+    DataError
+        If the two sides share no text, do not pair up, or hold NaN or Inf.
+
+    Notes
+    -----
+    The criterion is full re-embedding: how close, by the new model's own similarities, are the 10
+    texts that a held-out text finds through the bridge? Whether the new model is any better than
+    the old one is for `nestvec.upgrade.judge` to say.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> old = rng.normal(size=(400, 16))
+    >>> new = old @ np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    >>> bridge = fit(old=old, new=new)
+    >>> bool(np.einsum("nd,nd->n", bridge.transform(new), old).min() > 0)
+    True
+    """
+    if moves not in ("queries", "gallery"):
+        raise DataError(f"moves {moves!r} is not one of queries, gallery.")
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"validation_fraction {validation_fraction!r} must lie between 0 and 1.")
+    old, new = paired(old, new)
+    X, y = (new, old) if moves == "queries" else (old, new)
+    rng = np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
+    if sample_size is not None and len(X) > sample_size:
+        rows = np.sort(rng.choice(len(X), sample_size, replace=False))
+        X, y = X[rows], y[rows]
+    names = _fitting(kinds, _rows(X).shape[1] == _rows(y).shape[1], nested)
+
+    def fitted(name: str, rows: Any = slice(None)) -> ways.Bridge:
+        made: Any = BRIDGES[name]()
+        settings = {"dims": dims, "nested": nested, "random_state": random_state}
+        made.set_params(**{k: v for k, v in settings.items() if k in made.get_params()})
+        return made.fit(X[rows], y[rows])
+
+    if len(X) < _FEWEST_PAIRS or len(names) == 1:
+        name = _SAFEST if _SAFEST in names else names[0]
+        bridge = fitted(name)
+        sizes = bridge.dims_
+        bridge.guard_ = guards.Guard("none", 0, sizes, _equal(sizes), {}, name)
+        return bridge
+    order = rng.permutation(len(X))
+    n_out = min(round(len(X) * validation_fraction), _MOST_HELD_OUT)
+    out, held_in = np.sort(order[:n_out]), np.sort(order[n_out:])
+    bridges = {name: fitted(name, held_in) for name in names}
+    sizes = bridges[names[0]].dims_
+    guard = guards.judge(
+        {name: bridge._map for name, bridge in bridges.items()},
+        _scorer(guards.unit(_rows(X)), guards.unit(_rows(y)), out, held_in, moves, sizes),
+        criterion="full re-embedding kept@10",
+        n_held_out=n_out,
+        dims=sizes,
+        weights=_equal(sizes),
+    )
+    bridge = fitted(guard.winner)
+    bridge.guard_ = guard
+    return bridge
+
+
+def paired(old: Any, new: Any) -> tuple[Any, Any]:
+    """Return both sides with row ``i`` the same thing: by ids if both have them, else in order."""
+    if isinstance(old, Embeddings) and isinstance(new, Embeddings) and old.has_ids and new.has_ids:
+        known = set(new.ids.tolist())
+        shared = [i for i in old.ids.tolist() if i in known]
+        if not shared:
+            raise DataError(
+                f"the two sides share no id: old has ids like {old.ids[0].item()!r}, new like "
+                f"{new.ids[0].item()!r}. Encode the same texts with both models, under the same "
+                f"ids."
+            )
+        return old[old.rows_of(shared)], new[new.rows_of(shared)]
+    old, new = (
+        side if isinstance(side, Embeddings) else _checks.as_matrix(side, name=name)
+        for name, side in (("old", old), ("new", new))
+    )
+    if len(old) != len(new):
+        raise DataError(
+            f"{len(old)} old and {len(new)} new vectors do not pair up: give both sides ids, or "
+            f"the same texts in the same order."
+        )
+    return old, new
+
+
+def _fitting(kinds: Collection[str] | None, same_size: bool, nested: bool) -> list[str]:
+    """Return the names of the bridges to compare, from the least freedom to the most."""
+    for kind in kinds or ():
+        if kind not in BRIDGES:
+            raise DataError(f"kind {kind!r} is not one of {', '.join(BRIDGES)}.")
+    able = [
+        name
+        for name in BRIDGES
+        if (same_size or name != "unchanged") and (not nested or name in _NESTED)
+    ]
+    names = [name for name in able if kinds is None or name in kinds]
+    if not names:
+        raise DataError(
+            f"none of the kinds {', '.join(kinds or ())} fits here"
+            + (" with nested=True" if nested else "")
+            + f"; choose from {', '.join(able)}."
+        )
+    return names
+
+
+def _scorer(
+    X: Matrix,
+    y: Matrix,
+    out: NDArray[np.int64],
+    held_in: NDArray[np.int64],
+    moves: str,
+    sizes: tuple[int, ...],
+) -> guards.Scorer:
+    """Score bridges from X to y by what the new model finds; only held-out rows are moved."""
+    new = X if moves == "queries" else y
+    score = guards.closeness(
+        new[out] @ new[held_in].T if moves == "queries" else new[held_in] @ new[out].T
+    )
+    still = y[held_in]
+
+    def scorer(bridge: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
+        moved = bridge(X[out])
+        found = []
+        for d in sizes:
+            cosines = guards.unit(moved[:, :d]) @ guards.unit(still[:, :d]).T
+            found.append(score(cosines if moves == "queries" else cosines.T))
+        return tuple(found)
+
+    return scorer
+
+
+def _rows(side: Any) -> Matrix:
+    return side.array if isinstance(side, Embeddings) else side
+
+
+def _equal(sizes: tuple[int, ...]) -> tuple[float, ...]:
+    return (1 / len(sizes),) * len(sizes)

@@ -1,0 +1,128 @@
+"""`upgrade.fit` keeps the bridge that comes nearest to re-embedding, from pairs matched by id."""
+
+import numpy as np
+import pytest
+
+import nestvec as nv
+from nestvec.errors import DataError
+from nestvec.maps import ProcrustesBridge, RidgeBridge, UnchangedBridge
+from nestvec.maps.alignment import Bridge
+from nestvec.maps.guard import unit
+from nestvec.space import Embeddings, Space
+
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+OLD, NEW = (Space.declared(name, dim=12) for name in ("old", "new"))
+
+
+def vectors(rng, n=300, dim=12):
+    spread = np.linspace(2, 0.3, dim)
+    return unit((rng.normal(size=(n, dim)) * spread).astype(np.float32))
+
+
+def test_rotated_model_gets_a_rotation_and_the_sentence_says_why(rng):
+    old = vectors(rng)
+    new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    bridge = nv.upgrade.fit(old=old, new=new)
+    assert isinstance(bridge, ProcrustesBridge)
+    assert bridge.guard_ is not None
+    assert bridge.guard_.score("procrustes") > 0.99 > bridge.guard_.score("unchanged")
+    assert bridge.guard_.sentence().startswith(
+        "procrustes bridge kept: held-out full re-embedding kept@10 1.000 against"
+    )
+
+
+def test_model_that_did_not_move_is_left_unchanged(rng):
+    old = vectors(rng)
+    assert isinstance(nv.upgrade.fit(old=old, new=old), UnchangedBridge)
+
+
+def test_shifted_model_gets_more_than_a_rotation(rng):
+    old = vectors(rng, n=800)
+    new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0] + 2 * vectors(rng, n=1)
+    bridge = nv.upgrade.fit(old=old, new=new)
+    assert not isinstance(bridge, (ProcrustesBridge, UnchangedBridge))
+
+
+def test_few_pairs_get_the_safest_bridge(rng):
+    old = vectors(rng, n=30)
+    bridge = nv.upgrade.fit(old=old, new=old)
+    assert isinstance(bridge, ProcrustesBridge)
+    assert bridge.guard_ is not None
+    assert "too few rows to hold any out" in bridge.guard_.sentence()
+
+
+def test_gallery_may_move_instead_of_the_queries(rng):
+    old = vectors(rng)
+    new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0].astype(np.float32)
+    ids = np.arange(300)
+    stored, fresh = Embeddings(old, OLD, ids), Embeddings(new, NEW, ids)
+    bridge = nv.upgrade.fit(old=stored, new=fresh, moves="gallery")
+    moved = bridge.transform(stored)
+    fresh.space.check_same(moved.space)
+    np.testing.assert_allclose(moved.array, new, atol=1e-4)
+
+
+def test_pairs_are_matched_by_id(rng):
+    old = vectors(rng)
+    new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0].astype(np.float32)
+    ids = np.array([f"doc{i}" for i in range(300)])
+    shuffled = rng.permutation(300)[:250]
+    bridge = nv.upgrade.fit(
+        old=Embeddings(old, OLD, ids), new=Embeddings(new[shuffled], NEW, ids[shuffled])
+    )
+    np.testing.assert_allclose(bridge.transform(new), old, atol=1e-4)
+
+
+def test_choice_survives_a_file(rng, tmp_path):
+    old = vectors(rng)
+    bridge = nv.upgrade.fit(old=old, new=old[:, ::-1])
+    bridge.save(tmp_path / "bridge")
+    assert Bridge.load(tmp_path / "bridge").guard_ == bridge.guard_
+
+
+def test_nested_leaves_the_bridges_that_have_blocks(rng):
+    old = vectors(rng)
+    bridge = nv.upgrade.fit(old=old, new=old[:, ::-1], nested=True, dims=(4, 8))
+    assert isinstance(bridge, (ProcrustesBridge, RidgeBridge))
+    assert bridge.nested
+    assert bridge.dims_ == (4, 8, 12)
+    assert bridge.guard_ is not None
+    assert set(bridge.guard_.scores) == {"procrustes", "relaxed", "ridge"}
+
+
+def test_sample_is_drawn_by_seed(rng):
+    old = vectors(rng)
+    new = old + 0.1 * vectors(rng)
+    one, same, other = (
+        nv.upgrade.fit(old=old, new=new, sample_size=100, random_state=seed) for seed in (0, 0, 1)
+    )
+    assert one.content_hash == same.content_hash != other.content_hash
+
+
+def test_one_kind_is_fitted_as_asked(rng):
+    old = vectors(rng)
+    assert isinstance(nv.upgrade.fit(old=old, new=old, kinds=["ridge"]), RidgeBridge)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"kinds": ["magic"]}, "'magic' is not one of unchanged, procrustes"),
+        ({"kinds": ["score"], "nested": True}, "none of the kinds score fits here with nested"),
+        ({"moves": "both"}, "'both' is not one of queries, gallery"),
+        ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
+    ],
+)
+def test_bad_settings_say_what_would_fit(more, message, rng):
+    old = vectors(rng)
+    with pytest.raises(DataError, match=message):
+        nv.upgrade.fit(old=old, new=old, **more)
+
+
+def test_sides_without_pairs_are_refused(rng):
+    old = vectors(rng)
+    with pytest.raises(DataError, match="300 old and 200 new vectors do not pair up"):
+        nv.upgrade.fit(old=old, new=old[:200])
+    mine, yours = (Embeddings(old, OLD, [f"{s}{i}" for i in range(300)]) for s in "ab")
+    with pytest.raises(DataError, match="share no id: old has ids like 'a0'"):
+        nv.upgrade.fit(old=mine, new=yours)
