@@ -41,7 +41,7 @@ for _name in "demo embed fit transform measure search plan export classify mine"
     _module = importlib.import_module(f"nestvec.cli.{_name}")
     app.command(name=_name, epilog=_module.EPILOG)(getattr(_module, _name))
 
-for _name in ("index", "train", "upgrade"):
+for _name in ("index", "train", "lora", "upgrade"):
     app.add_typer(importlib.import_module(f"nestvec.cli.{_name}").app, name=_name)
 
 

@@ -30,6 +30,8 @@ Examples:
 
   nestvec train text big.jsonl -o my-model --batch-size 1024 --chunk-size 32
 
+  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4   (see nestvec lora)
+
   torchrun --nproc-per-node 2 -m nestvec train text pairs.jsonl -o my-model
 """
 
@@ -91,6 +93,14 @@ LogTo = Annotated[
     list[str] | None,
     typer.Option(help="tensorboard, wandb, mlflow, ...; repeat for several.", show_default=False),
 ]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Train a LoRA in place of the model, nested up to this rank: nestvec lora cuts it.",
+        show_default=False,
+    ),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier training in OUTPUT.")]
 
 
@@ -141,6 +151,7 @@ def text(
     freeze_layers: Annotated[
         int, typer.Option(min=0, help="Transformer layers, from the bottom, left as they are.")
     ] = 0,
+    lora_rank: LoraRank = None,
     epochs: Epochs = 1,
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 64,
@@ -200,6 +211,7 @@ def text(
             keep=keep,
             weights=_weights(weights),
             freeze_layers=freeze_layers,
+            lora=_lora(lora_rank),
             settings=settings,
             fresh=fresh,
         ),
@@ -254,6 +266,7 @@ def image(
     flip: Annotated[
         bool, typer.Option("--flip", help="Augmentation: mirror half of the images.")
     ] = False,
+    lora_rank: LoraRank = None,
     epochs: Epochs = 20,
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 64,
@@ -301,6 +314,7 @@ def image(
             tied=tied,
             weights=_weights(weights),
             augment=ShiftAndFlip(shift, flip=flip) if shift or flip else None,
+            lora=_lora(lora_rank),
             settings=settings,
             fresh=fresh,
         ),
@@ -308,6 +322,14 @@ def image(
         settings,
         json,
     )
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from nestvec.train import Lora
+
+    return Lora(rank=rank)
 
 
 def _weights(given: str) -> Any:

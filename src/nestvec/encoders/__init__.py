@@ -42,9 +42,10 @@ def encode(
     items
         Texts, each with something in it; for an image model what `ImageEncoder` takes.
     model
-        A hub id, a local folder (of a text or an image model), a ``SentenceTransformer``, an
-        ``ImageNetwork``, an `Encoder`, or any callable from a list of texts to an array (say
-        ``name=`` then). A model loaded by name stays loaded for the next call.
+        A hub id, a local folder (of a text or an image model, or of a LoRA), a
+        ``SentenceTransformer``, an ``ImageNetwork``, an `Encoder`, or any callable from a list of
+        texts to an array (say ``name=`` then). A model loaded by name stays loaded for the next
+        call.
     role, ids, resume, show_progress
         See `Encoder.encode`.
     **settings
@@ -89,9 +90,18 @@ def encoder_of(model: Any, **settings: Any) -> Encoder:
 
 @functools.lru_cache(maxsize=2)
 def _loaded(model: str, changed: int, **settings: Any) -> Encoder:
+    if _is_adapter(Path(model)):
+        from nestvec.train.lora_files import load_lora
+
+        return load_lora(model, **settings)
     return (
         ImageEncoder(model, **settings) if is_image_model(model) else TextEncoder(model, **settings)
     )
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft alone; sentence-transformers loads its own."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "modules.json").is_file()
 
 
 def _changed(folder: Path) -> int:

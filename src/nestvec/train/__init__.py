@@ -56,15 +56,24 @@ from nestvec.train.simplex import (  # noqa: E402  # likewise
 if TYPE_CHECKING:
     from nestvec.train.image import ShiftAndFlip, train_image
     from nestvec.train.image_text import train_image_text
+    from nestvec.train.lora import DrawRanks, Lora, NestedRanks
+    from nestvec.train.lora_files import cut_lora, load_lora, save_lora, save_merged
     from nestvec.train.mining import Mined, mine_negatives
     from nestvec.train.teacher import CrossEncoderTeacher, score_pairs
     from nestvec.train.text import train_text
 
 _HOME = {
     "CrossEncoderTeacher": "nestvec.train.teacher",
+    "DrawRanks": "nestvec.train.lora",
+    "Lora": "nestvec.train.lora",
     "Mined": "nestvec.train.mining",
+    "NestedRanks": "nestvec.train.lora",
     "ShiftAndFlip": "nestvec.train.image",
+    "cut_lora": "nestvec.train.lora_files",
+    "load_lora": "nestvec.train.lora_files",
     "mine_negatives": "nestvec.train.mining",
+    "save_lora": "nestvec.train.lora_files",
+    "save_merged": "nestvec.train.lora_files",
     "score_pairs": "nestvec.train.teacher",
     "train_image": "nestvec.train.image",
     "train_image_text": "nestvec.train.image_text",
@@ -82,9 +91,11 @@ __all__ = [
     "CoSENT",
     "CompatiblePairs",
     "CrossEncoderTeacher",
+    "DrawRanks",
     "HigherOrderCompatible",
     "InfoNCE",
     "KeepNeighbours",
+    "Lora",
     "Mined",
     "NestedClassifier",
     "NestedCrossEntropy",
@@ -92,6 +103,7 @@ __all__ = [
     "NestedDropout",
     "NestedLoss",
     "NestedMaskedLM",
+    "NestedRanks",
     "OldClasses",
     "OrthogonalCompatible",
     "ScoreDistillation",
@@ -106,11 +118,15 @@ __all__ = [
     "best_size",
     "check_labels",
     "cut",
+    "cut_lora",
     "encode_in_chunks",
     "gathered",
     "load_classifier",
+    "load_lora",
     "mine_negatives",
     "row_offset",
+    "save_lora",
+    "save_merged",
     "score_pairs",
     "simplex",
     "train_image",

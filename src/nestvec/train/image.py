@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from nestvec.encoders.image_network import (
     small_resnet,
     small_vit,
 )
-from nestvec.errors import DataError
+from nestvec.errors import DataError, ModelError
 from nestvec.train.card import write_card
 from nestvec.train.distributed import gathered
 from nestvec.train.heads import ClassLabels, NestedClassifier
@@ -35,6 +35,9 @@ from nestvec.train.settings import Settings
 from nestvec.train.sizes import sizes_of
 from nestvec.train.trainer import ModuleTrainer, carry_out
 from nestvec.train.validation import label_accuracy, neighbour_accuracy
+
+if TYPE_CHECKING:
+    from nestvec.train.lora import Lora
 
 OBJECTIVES = ("cross_entropy", "supervised_contrastive")
 
@@ -154,6 +157,7 @@ def train_image(
     weights: Any = "uniform",
     label_smoothing: float | int = 0.0,
     augment: nn.Module | None = None,
+    lora: Lora | None = None,
     settings: Settings | None = None,
     fresh: bool = False,
 ) -> Trained:
@@ -185,6 +189,9 @@ def train_image(
         Of `NestedCrossEntropy`.
     augment
         A module from (n, c, h, w) to the same, applied in training only, e.g. `ShiftAndFlip`.
+    lora
+        Train a low-rank adaptation of a trained network in place of the network: by default one
+        that can be cut to any rank afterwards. The network, its batch norms too, stays as it was.
     settings
         How to train.
     fresh
@@ -195,7 +202,8 @@ def train_image(
     Trained
         The folder holds the model as transformers saves it (``config.json`` with
         ``matryoshka_dimensions``, ``model.safetensors``, ``preprocessor_config.json``), a model
-        card, the log, and ``classifier.safetensors``.
+        card, the log, and ``classifier.safetensors``. With ``lora`` it holds the adapter in place
+        of the weights: `load_lora` and `cut_lora` take it to a rank.
 
     Raises
     ------
@@ -209,10 +217,17 @@ def train_image(
     settings.check(chunks=False)
     if objective not in OBJECTIVES:
         raise DataError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
+    if lora is not None and network in ("resnet", "vit"):
+        raise ModelError(
+            f"a LoRA adapts a network that was trained, and {network!r} starts from nothing: give "
+            f"the folder of one."
+        )
     labels, names = _labels(images)
     train_rows, held_out = _split(images, labels, names, validation, holdout, settings.seed)
     torch.manual_seed(settings.seed)  # of networks and heads that are made here
+    given = network
     network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
+    before = image_fingerprint(network, preprocessing)
     sizes = sizes_of(network.dim, dims, lowest=8, weights=weights)
     head = None
     if objective == "cross_entropy":
@@ -224,13 +239,14 @@ def train_image(
     run = Run(
         Path(output),
         {
-            "model": image_fingerprint(network, preprocessing),
+            "model": before,
             "images": image_hash(images, train_rows),
             "validation": None if held_out is None else image_hash(held_out[0], held_out[1]),
             "dims": sizes,
             "objective": [objective, tied, float(label_smoothing)],
             "weights": weights,
             "augment": None if augment is None else described(augment),
+            "lora": None if lora is None else lora.to_dict(),
             "settings": settings.to_dict(),
         },
         fresh=fresh,
@@ -246,36 +262,52 @@ def train_image(
             return label_accuracy(head, rows, held_labels)
         return neighbour_accuracy(rows, held_labels, sizes)
 
-    trainer = ModuleTrainer(
-        ImageTask(network, chosen, augment=augment),
-        Numbers(len(train_rows)),
-        run,
-        settings=settings,
-        collate=Batch(images, preprocessing, train_rows, labels),
-        validate=None if held_out is None else validate,
-        head=head,
-    )
+    adapter = None
+    if lora is not None:
+        from nestvec.train.lora import attach, reference
 
-    def save(metrics: dict[str, float]) -> None:
-        _save(run, network, preprocessing, sizes, head, names)
-        write_card(
-            run.folder,
-            library="transformers",
-            base=base,
-            dims=sizes,
-            metrics=metrics,
-            measured_on="images that were not trained on",
-            trained_on=f"{len(train_rows):,} images of {len(names)} classes",
-            settings=settings.to_dict(),
-            usage=f"""```python
-import nestvec as nv
-
-vectors = nv.ImageEncoder("{run.folder.resolve().name}").encode(images)
-short = vectors.prefix({sizes[0]})   # cut, then normalised
-```""",
+        named = reference(given, base)
+        adapter = attach(network.backbone, lora, seed=settings.seed, base=named)
+    try:
+        trainer = ModuleTrainer(
+            ImageTask(network, chosen, augment=augment),
+            Numbers(len(train_rows)),
+            run,
+            settings=settings,
+            collate=Batch(images, preprocessing, train_rows, labels),
+            validate=None if held_out is None else validate,
+            head=head,
         )
 
-    return carry_out(trainer, run, sizes, save)
+        if adapter is not None:
+            adapter.join(trainer)
+
+        def save(metrics: dict[str, float]) -> None:
+            if adapter is None:
+                usage = _save_model(run.folder, network, preprocessing, sizes)
+            else:
+                from nestvec.train.lora_files import save_adapter
+
+                usage = save_adapter(run.folder, adapter, base=before, dims=sizes)
+                preprocessing.save(run.folder)
+            if head is not None:
+                save_classifier(run.folder, head, names)
+            write_card(
+                run.folder,
+                library="transformers" if adapter is None else "peft",
+                base=base,
+                dims=sizes,
+                metrics=metrics,
+                measured_on="images that were not trained on",
+                trained_on=f"{len(train_rows):,} images of {len(names)} classes",
+                settings=settings.to_dict() | ({} if lora is None else {"lora": lora.to_dict()}),
+                usage=usage,
+            )
+
+        return carry_out(trainer, run, sizes, save)
+    finally:
+        if adapter is not None:
+            adapter.remove()
 
 
 def _labels(images: Images) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -358,18 +390,18 @@ def usable_network(
     )
 
 
-def _save(
-    run: Run,
-    network: ImageNetwork,
-    preprocessing: Preprocessing,
-    dims: tuple[int, ...],
-    head: NestedClassifier | None,
-    names: tuple[str, ...],
-) -> None:
-    made = run.folder / "model"
+def _save_model(
+    folder: Path, network: ImageNetwork, preprocessing: Preprocessing, dims: tuple[int, ...]
+) -> str:
+    """Write the network; return how to use it, for its card."""
+    made = folder / "model"
     save_image_model(made, network, preprocessing, dims)
     for file in made.iterdir():
-        file.replace(run.folder / file.name)
+        file.replace(folder / file.name)
     made.rmdir()
-    if head is not None:
-        save_classifier(run.folder, head, names)
+    return f"""```python
+import nestvec as nv
+
+vectors = nv.ImageEncoder("{folder.resolve().name}").encode(images)
+short = vectors.prefix({dims[0]})   # cut, then normalised
+```"""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from nestvec.train.run import Run, described
 from nestvec.train.sentence_transformer import SentenceTransformerLoss
 from nestvec.train.settings import Settings
 from nestvec.train.sizes import sizes_of
-from nestvec.train.trainer import Careful, carry_out
+from nestvec.train.trainer import AdapterAlone, Careful, carry_out
 from nestvec.train.validation import Validate, label_accuracy, pair_accuracy, rank_correlation
 
 for _module in ("sentence_transformers", "accelerate", "datasets"):
@@ -41,6 +41,9 @@ from sentence_transformers import (  # noqa: E402  # likewise
     SentenceTransformerTrainingArguments,
 )
 
+if TYPE_CHECKING:
+    from nestvec.train.lora import Lora
+
 #: Kind -> the columns of its dataset, and what the text in each is
 COLUMNS: dict[Kind, dict[str, Role]] = {
     "pairs": {"anchor": "query", "positive": "document"},
@@ -52,7 +55,7 @@ HOLDOUT_SHARE, HOLDOUT_MOST = 0.05, 1000
 HEAD_RATE = 1e-2
 
 
-class TextTrainer(Careful, SentenceTransformerTrainer):
+class TextTrainer(Careful, AdapterAlone, SentenceTransformerTrainer):
     """sentence-transformers' Trainer, made careful."""
 
     #: Columns of text of which a batch holds none twice.
@@ -80,6 +83,7 @@ def train_text(
     weights: Any = "uniform",
     n_dims_per_step: int = -1,
     freeze_layers: int = 0,
+    lora: Lora | None = None,
     settings: Settings | None = None,
     fresh: bool = False,
 ) -> Trained:
@@ -113,6 +117,9 @@ def train_text(
         Of `NestedLoss`.
     freeze_layers
         Transformer layers, from the bottom, that are not trained; the token embeddings with them.
+    lora
+        Train a low-rank adaptation in place of the model: by default one that can be cut to any
+        rank afterwards. The model stays as it was. It wants a higher learning rate, like 5e-4.
     settings
         How to train; a learning rate of 5e-5 and one epoch if not given.
     fresh
@@ -123,7 +130,8 @@ def train_text(
     Trained
         The folder holds the model as sentence-transformers saves it (safetensors; the sizes in
         config.json as ``matryoshka_dimensions``; a model card with the table of sizes), the log,
-        and for labelled texts ``classifier.safetensors``.
+        and for labelled texts ``classifier.safetensors``. With ``lora`` it holds the adapter in
+        place of the model: `load_lora` and `cut_lora` take it to a rank.
 
     Raises
     ------
@@ -135,6 +143,7 @@ def train_text(
     """
     settings = settings or Settings()
     settings.check()
+    given = model
     model, base, prompts = loaded_text_model(model)
     sizes = sizes_of(model.get_embedding_dimension(), dims, lowest=16, weights=weights)
     train, held_out = _split(examples, validation, holdout, settings.seed)
@@ -145,11 +154,13 @@ def train_text(
     chosen = made if objective is None else objective
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     _freeze(model, freeze_layers)
+    adapter = None
+    before = fingerprint(model)
     try:
         run = Run(
             Path(output),
             {
-                "model": fingerprint(model),
+                "model": before,
                 "examples": train.fingerprint(),
                 "validation": None if held_out is None else held_out.fingerprint(),
                 "dims": sizes,
@@ -158,6 +169,7 @@ def train_text(
                 "weights": weights,
                 "n_dims_per_step": n_dims_per_step,
                 "freeze_layers": freeze_layers,
+                "lora": None if lora is None else lora.to_dict(),
                 "settings": settings.to_dict(),
             },
             fresh=fresh,
@@ -169,6 +181,11 @@ def train_text(
         if held_out is not None:
             validate = _validation(model, prompts, held_out, sizes, head)
         _freeze_unused(model, examples.texts[0][0])
+        if lora is not None:
+            from nestvec.train.lora import attach, reference
+
+            named = reference(given, base)
+            adapter = attach(model[0].auto_model, lora, seed=settings.seed, base=named)
         kept = KeepNeighbours(sizes, weights=weights) if keep else None
         fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
         rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
@@ -191,13 +208,37 @@ def train_text(
             trainer.apart = train.texts
         trainer.beside = tuple(m for m in (chosen, kept) if isinstance(m, nn.Module))
         trainer.be_careful(run, settings=settings, validate=validate)
+        if adapter is not None:
+            trainer.adapted = model
+            adapter.join(trainer)
 
         def save(metrics: dict[str, float]) -> None:
-            own = validation is None
-            _save(model, run, sizes, base, metrics, len(train), own, examples, head, settings)
+            if adapter is None:
+                usage = _save_model(model, run.folder, sizes)
+            else:
+                from nestvec.train.lora_files import save_adapter
+
+                usage = save_adapter(run.folder, adapter, base=before, dims=sizes)
+            if head is not None:
+                save_classifier(run.folder, head, examples.label_names)
+            write_card(
+                run.folder,
+                library="sentence-transformers" if adapter is None else "peft",
+                base=base,
+                dims=sizes,
+                metrics=metrics,
+                measured_on="rows that were held out"
+                if validation is None
+                else "validation data given with it",
+                trained_on=f"{len(train):,} rows ({examples.kind})",
+                settings=settings.to_dict() | ({} if lora is None else {"lora": lora.to_dict()}),
+                usage=usage,
+            )
 
         return carry_out(trainer, run, sizes, save)
     finally:
+        if adapter is not None:
+            adapter.remove()
         for parameter, was in trainable.items():
             parameter.requires_grad_(was)
         model.eval()
@@ -321,38 +362,15 @@ def _dataset(examples: Examples) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _save(
-    model: Any,
-    run: Run,
-    dims: tuple[int, ...],
-    base: str,
-    metrics: Mapping[str, float],
-    n_trained: int,
-    held_out: bool,
-    examples: Examples,
-    head: NestedClassifier | None,
-    settings: Settings,
-) -> None:
-    folder = run.folder
+def _save_model(model: Any, folder: Path, dims: tuple[int, ...]) -> str:
+    """Write the model; return how to use it, for its card."""
     with quiet():
         model.save_pretrained(str(folder), create_model_card=False)
     declare_dims(folder, dims)
-    if head is not None:
-        save_classifier(folder, head, examples.label_names)
     short = dims[min(1, len(dims) - 1)]
-    write_card(
-        folder,
-        library="sentence-transformers",
-        base=base,
-        dims=dims,
-        metrics=metrics,
-        measured_on="rows that were held out" if held_out else "validation data given with it",
-        trained_on=f"{n_trained:,} rows ({examples.kind})",
-        settings=settings.to_dict(),
-        usage=f"""```python
+    return f"""```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{folder.resolve().name}", truncate_dim={short})
 vectors = model.encode(texts, normalize_embeddings=True)   # cut, then normalised
-```""",
-    )
+```"""

@@ -181,6 +181,36 @@ class Careful:
         return {name: one for name, one in found if isinstance(one, torch.Generator)}
 
 
+class AdapterAlone:
+    """Checkpoints that hold the LoRA of a model alone: ``class T(Careful, AdapterAlone, Trainer)``.
+
+    What it adapts is frozen, and is there when the training goes on.
+    """
+
+    #: The modules with LoRA layers; None saves the whole model.
+    adapted: nn.Module | None = None
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.adapted is None:
+            super()._save(output_dir, state_dict=state_dict)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        Path(output_dir or "").mkdir(parents=True, exist_ok=True)
+        save_file(self._trained(), Path(output_dir or "") / "adapter.safetensors")
+
+    def _load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self.adapted is None:
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        stored = load_file(Path(checkpoint) / "adapter.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(stored[name])
+
+    def _trained(self: Any) -> dict[str, Tensor]:
+        named = self.adapted.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
 class ModuleTrainer(Careful, Trainer):
     """Train a module whose ``forward(**batch)`` returns ``{"loss": scalar}``.
 
