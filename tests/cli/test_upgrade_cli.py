@@ -29,6 +29,12 @@ def folder(tmp_path_factory):
     nv.Embeddings(old, OLD, ids).save(folder / "old.npz")
     nv.Embeddings(new, NEW, ids).save(folder / "new.npz")
     np.save(folder / "bare.npy", new)
+    noise = 0.3 * rng.normal(size=(2, 350, 12)).astype(np.float32)
+    asks = [f"q{i}" for i in range(350)]
+    nv.Embeddings(unit(old[:350] + noise[0]), OLD, asks).save(folder / "asks-old.npz")
+    nv.Embeddings(unit(new[:350] + 0.3 * noise[1]), NEW, asks).save(folder / "asks-new.npz")
+    lines = [f"q{i}\tdoc{i}\t1" for i in range(350)]
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
     return folder
 
 
@@ -64,3 +70,39 @@ def test_search_across_models_says_what_would_join_them(folder):
     done = CliRunner().invoke(app, [str(w) for w in words])
     assert done.exit_code == 2
     assert "nestvec upgrade fit --old OLD --new NEW" in " ".join(done.stderr.split())
+
+
+SIDES = ("old-docs", "old.npz", "old-queries", "asks-old.npz", "new-docs", "new.npz")
+
+
+def words_of(folder, queries="asks-new.npz"):
+    pairs = [*zip(SIDES[::2], SIDES[1::2], strict=True), ("new-queries", queries)]
+    return [word for name, file in pairs for word in (f"--{name}", folder / file)]
+
+
+def test_judge_says_safe_and_exits_with_0(folder):
+    pytest.importorskip("ir_measures")
+    bridge = folder / "b4"
+    run("fit", "--old", folder / "old.npz", "--new", folder / "new.npz", "-o", bridge)
+    words = ["judge", *words_of(folder), "--bridge", bridge, "--qrels", folder / "qrels.tsv"]
+    said = run(*words).stdout
+    assert "safe (better): nDCG@10 of new queries on the old gallery is" in said
+    found = json.loads(run(*words, "--json").stdout)
+    assert found["safe"]
+    assert found["sizes"][0]["dim"] == 12
+    assert "95% confidence" in found["sentence"]
+
+
+def test_judge_says_not_safe_and_exits_with_1(folder):
+    bridge = folder / "b5"
+    old, new = nv.load(folder / "old.npz"), nv.load(folder / "new.npz")
+    nv.upgrade.fit(old=old, new=new.replaced(new.array[::-1], NEW)).save(bridge)  # shuffled
+    found = json.loads(run("judge", *words_of(folder), "--bridge", bridge, "--json", code=1).stdout)
+    assert found["verdict"] == "not safe"
+    assert found["truth"] == "neighbours"
+
+
+def test_judge_without_a_bridge_cannot_judge_and_exits_with_2(folder):
+    said = run("judge", *words_of(folder), code=2).stderr
+    assert "nestvec upgrade fit --old OLD --new NEW" in " ".join(said.split())
+    assert "cannot be compared" in run("judge", *words_of(folder, "asks-old.npz"), code=2).stderr

@@ -21,7 +21,7 @@ from nestvec.maps import (
     UnchangedBridge,
     load_map,
 )
-from nestvec.maps.alignment import Bridge
+from nestvec.maps.alignment import Bridge, row_hashes
 from nestvec.maps.guard import unit
 from nestvec.search.exact import top_k
 from nestvec.space import Embeddings, Space
@@ -230,6 +230,7 @@ def test_saving_then_loading_is_identity(make, rng, tmp_path):
     assert again.target_ == bridge.target_
     assert again.space_ == bridge.space_
     assert again.dims_ == bridge.dims_
+    np.testing.assert_array_equal(again.seen_, np.unique(row_hashes(new.array)))
     np.testing.assert_array_equal(again.transform(new).array, bridge.transform(new).array)
 
 
@@ -237,7 +238,8 @@ def test_damaged_arrays_are_refused(rng, tmp_path):
     from safetensors.numpy import save_file
 
     RidgeBridge().fit(*pairs(rng)).save(tmp_path / "bridge")
-    save_file({"linear": np.eye(3, dtype=np.float32)}, tmp_path / "bridge/map.safetensors")
+    arrays = {"linear": np.eye(3, dtype=np.float32), "seen": np.zeros(1, np.uint64)}
+    save_file(arrays, tmp_path / "bridge/map.safetensors")
     with pytest.raises(FileFormatError, match="do not fit together"):
         load_map(tmp_path / "bridge")
 

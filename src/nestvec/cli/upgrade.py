@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from nestvec.cli._common import (
     Dims,
     Json,
+    LabelColumn,
     ModelName,
     command,
     describe,
     note,
     out,
     print_json,
+    read_labels,
 )
 from nestvec.space import Embeddings
+
+if TYPE_CHECKING:
+    from nestvec.upgrade import Judgement
 
 HELP = "Change the model, keep the gallery, know that it is safe."
 
@@ -36,6 +42,21 @@ Examples:
   nestvec upgrade apply queries-new.npz --bridge bridge/ -o queries-old.npz
 
   nestvec search docs-old.nest --queries queries-old.npz
+"""
+
+JUDGE_EPILOG = """
+Exit code: 0 if it is safe (at full size at least), 1 if not, 2 if it cannot be judged as given.
+
+Examples:
+
+  nestvec upgrade judge --old-docs d1.npz --old-queries q1.npz --new-docs d2.npz
+  --new-queries q2.npz --bridge bridge/ --qrels qrels.tsv
+
+  nestvec upgrade judge ... --bridge bridge/                   (no labels: is anything changed?)
+
+  nestvec upgrade judge ... --labels docs.txt --query-labels asks.txt    (classes, one a line)
+
+  nestvec upgrade judge ... --qrels qrels.tsv                  (a model trained compatible)
 """
 
 app = typer.Typer(no_args_is_help=True, help=HELP)
@@ -121,6 +142,103 @@ def fit(
     out.print(bridge.guard_.sentence(), markup=False)
     out.print(f"{output}: bridge {bridge.content_hash}", markup=False)
     note(f"next: nestvec upgrade judge --bridge {output} ..., or nestvec upgrade apply")
+
+
+@app.command(epilog=JUDGE_EPILOG)
+@command
+def judge(
+    old_docs: Annotated[
+        Path, typer.Option(help="A sample of the gallery, by the old model.", show_default=False)
+    ],
+    old_queries: Annotated[
+        Path, typer.Option(help="Queries, by the old model.", show_default=False)
+    ],
+    new_docs: Annotated[
+        Path, typer.Option(help="The same documents, by the new model.", show_default=False)
+    ],
+    new_queries: Annotated[
+        Path, typer.Option(help="The same queries, by the new model.", show_default=False)
+    ],
+    bridge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the bridge; none for a model that was trained compatible.",
+            show_default=False,
+        ),
+    ] = None,
+    qrels: Annotated[
+        Path | None, typer.Option(help="Relevance labels, TSV or TREC.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="Classes of the documents, one a line or a table (.jsonl, .csv, ...).",
+            show_default=False,
+        ),
+    ] = None,
+    query_labels: Annotated[
+        Path | None, typer.Option(help="Classes of the queries.", show_default=False)
+    ] = None,
+    label_column: LabelColumn = None,
+    dims: Dims = None,
+    k: Annotated[int, typer.Option(help="Depth of the metric.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+    model_name: ModelName = None,
+    json: Json = False,
+) -> None:
+    """Say whether new queries may be served from the old gallery, at every size."""
+    from nestvec import upgrade
+    from nestvec.corpus import read_qrels
+    from nestvec.maps import load_map
+    from nestvec.space.nesting import parse_dims
+
+    def load(path: Path) -> Embeddings:
+        return Embeddings.load(path, space=model_name)
+
+    found = upgrade.judge(
+        old_docs=load(old_docs),
+        old_queries=load(old_queries),
+        new_docs=load(new_docs),
+        new_queries=load(new_queries),
+        bridge=load_map(bridge) if bridge else None,
+        qrels=read_qrels(qrels) if qrels else None,
+        doc_labels=read_labels(labels, label_column) if labels else None,
+        query_labels=read_labels(query_labels, label_column) if query_labels else None,
+        dims=parse_dims(dims) if dims else None,
+        k=k,
+        seed=seed,
+    )
+    if json:
+        print_json(found.to_dict())
+    else:
+        out.print(_table(found))
+        out.print(found.sentence(), markup=False)
+        for one in found.notes:
+            note(one)
+    if not found.safe:
+        raise typer.Exit(1)
+
+
+def _table(found: Judgement) -> Table:
+    table = Table(title=f"{found.metric}, {found.n_queries:,} queries, {found.n_docs:,} documents")
+    for name in (
+        "dim", "old/old", "new/old", "new/new", "new/old - old/old", "at least", "worse", "better",
+        "violations", "",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for size in found.sizes:
+        change = size.difference
+        table.add_row(
+            str(size.dim),
+            *(f"{s.value:.3f}" for s in (size.old_old, size.new_old, size.new_new)),
+            f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
+            f"{size.at_least:+.3f}",
+            f"{size.negative_flips:.0%}",
+            f"{size.positive_flips:.0%}",
+            f"{size.violations_relevant:.0%} / {size.violations_other:.0%}",
+            "safe" if size.safe and not found.doubt else "not safe",
+        )
+    return table
 
 
 @app.command(epilog=APPLY_EPILOG)

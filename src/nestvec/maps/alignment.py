@@ -5,6 +5,7 @@ All of them take directions to directions: rows are L2-normalised before and aft
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -44,6 +45,8 @@ class Bridge(FittedMap):
         Where new vectors come from and where they are taken to; None if plain arrays were fitted.
     guard_ : Guard or None
         How the bridge was chosen, if `nestvec.upgrade.fit` chose it.
+    seen_ : (n,) uint64
+        Hashes of the rows it was fitted on (`row_hashes`), so that nobody judges it by them.
     dims_
         Sizes the old vectors may be cut to.
     n_features_in_, content_hash
@@ -51,6 +54,7 @@ class Bridge(FittedMap):
 
     target_: Space | None
     guard_: Guard | None
+    seen_: NDArray[np.uint64]
     _arrays_: dict[str, Matrix]
 
     def fit(self: _Made, X: Any, y: Any) -> _Made:
@@ -74,6 +78,7 @@ class Bridge(FittedMap):
         old = self._take_old(X, y, len(rows))
         self._set_sizes(old.shape[1])
         self.guard_ = None
+        self.seen_ = np.unique(row_hashes(rows))
         self._arrays_ = self._learn(rows, unit(old))
         return self
 
@@ -182,6 +187,7 @@ class Bridge(FittedMap):
         made.n_features_in_, made.dims_ = dim, tuple(d for d in self.dims_ if d <= dim)
         made.space_ = self.space_ and self.space_.prefix(dim, allow_untrained=True)
         made._restore_about(self._about())
+        made.seen_ = self.seen_
         made.target_ = self.target_ and self.target_.prefix(dim, allow_untrained=True)
         made._arrays_ = {"linear": self._arrays_["linear"][:dim, :dim].copy()}
         return made
@@ -190,7 +196,7 @@ class Bridge(FittedMap):
         return dict(self._arrays_)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        return self._arrays_
+        return {**self._arrays_, "seen": self.seen_}
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -201,6 +207,8 @@ class Bridge(FittedMap):
 
     def _restore(self, arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> None:
         n_in, n_out = self.n_features_in_, self.dims_[-1]
+        arrays = dict(arrays)
+        self.seen_ = arrays.pop("seen")
         wanted = {"linear": (n_in, n_out), "intercept": (n_out,)}
         if not {"linear"} <= set(arrays) <= set(wanted) or any(
             array.shape != wanted[name] for name, array in arrays.items()
@@ -421,6 +429,13 @@ class ScoreBridge(Bridge):
     def _learn(self, X: Matrix, Y: Matrix) -> dict[str, Matrix]:
         back, _, _ = _ridge(Y, X, self.alpha, intercept=False)
         return {"linear": np.ascontiguousarray(back.T)}
+
+
+def row_hashes(rows: Matrix) -> NDArray[np.uint64]:
+    """Return a hash of each row's direction (n,), coarse enough for most re-encodings to agree."""
+    coarse = np.rint(100 * unit(rows)).astype(np.int8)
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in coarse)
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
 def _reach(sizes: tuple[int, ...], n_in: int) -> tuple[int, ...]:

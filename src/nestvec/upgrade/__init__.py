@@ -8,15 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestvec.upgrade.bridge import BRIDGES, fit
+    from nestvec.upgrade.compatibility import CompatibilityMatrix, compatibility_matrix
+    from nestvec.upgrade.judgement import AtSize, Judgement, judge
     from nestvec.upgrade.prefix import compatible_prefix
 
 _HOME = {
+    "AtSize": "nestvec.upgrade.judgement",
     "BRIDGES": "nestvec.upgrade.bridge",
+    "CompatibilityMatrix": "nestvec.upgrade.compatibility",
+    "Judgement": "nestvec.upgrade.judgement",
+    "compatibility_matrix": "nestvec.upgrade.compatibility",
     "compatible_prefix": "nestvec.upgrade.prefix",
     "fit": "nestvec.upgrade.bridge",
+    "judge": "nestvec.upgrade.judgement",
 }
 
-__all__ = ["BRIDGES", "compatible_prefix", "fit"]
+__all__ = [
+    "BRIDGES",
+    "AtSize",
+    "CompatibilityMatrix",
+    "Judgement",
+    "compatibility_matrix",
+    "compatible_prefix",
+    "fit",
+    "judge",
+]
 
 
 def __getattr__(name: str) -> Any:
