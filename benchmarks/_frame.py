@@ -100,8 +100,20 @@ def meta(*, seeds: Sequence[int], data: Iterable[str] = (), **more: Any) -> dict
     return found
 
 
-def write(name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Path:
-    """Write ``results/<name>.json``; unknown keys, NaN and Inf are refused."""
+def write(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    meta: Mapping[str, Any],
+    *,
+    renewed: Iterable[str] | None = None,
+) -> Path:
+    """Write ``results/<name>.json``; unknown keys, NaN and Inf are refused.
+
+    With ``renewed``, data sets, the rows of other data sets stay as an earlier run wrote them, and
+    ``meta["of"]`` says of each data set when, on what and from which commit its rows came.
+    """
+    if renewed is not None:
+        rows, meta = _beside_what_stands(name, rows, meta, list(renewed))
     for at, row in enumerate(rows):
         if unknown := set(row) - KEYS:
             raise ValueError(f"row {at} has keys no result file knows: {sorted(unknown)}")
@@ -115,6 +127,21 @@ def write(name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any])
         scratch.write_text(f'{{\n  "meta": {head},\n  "rows": [\n{tidy}\n  ]\n}}\n')
     print(f"{len(rows)} rows: {path.relative_to(ROOT)}")
     return path
+
+
+def _beside_what_stands(
+    name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], renewed: list[str]
+) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
+    stands = read(name) if (RESULTS / f"{name}.json").is_file() else {"meta": {}, "rows": []}
+    stay = [row for row in stands["rows"] if row["dataset"] not in renewed]
+    about = ("command", "commit", "date", "machine", "threads", "load_before", "versions")
+    before = {key: stands["meta"][key] for key in about if key in stands["meta"]}
+    of = {one: before for one in dict.fromkeys(row["dataset"] for row in stay)}
+    of |= {one: said for one, said in stands["meta"].get("of", {}).items() if one in of}
+    of |= {one: {key: meta[key] for key in about} for one in renewed}
+    both = {key: {**stands["meta"].get(key, {}), **meta.get(key, {})} for key in ("data", "energy")}
+    kept = {key: value for key, value in both.items() if value}
+    return [*stay, *rows], {**meta, **kept, "of": of}
 
 
 def read(name: str) -> dict[str, Any]:

@@ -214,7 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sets", default=",".join(s for s in SETS if s != "try"))
+    parser.add_argument(
+        "--sets",
+        default=",".join(s for s in SETS if s != "try"),
+        help="whose rows are measured anew; those of other sets stay in the result file",
+    )
     parser.add_argument("--peers", default="", help="all by default; then nothing is written")
     parser.add_argument("--cell", nargs=2, metavar=("SET", "PEER"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -232,7 +236,7 @@ def main() -> None:
         return
     rows += chosen_by_tuning(rows)
     known = [{key: value for key, value in row.items() if key != TUNED} for row in rows]
-    _frame.write(NAME, known, meta)
+    _frame.write(NAME, known, meta, renewed=sets)
 
 
 if __name__ == "__main__":

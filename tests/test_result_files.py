@@ -44,6 +44,25 @@ def test_what_is_written_is_read_back(results):
     assert _frame.read("fit") == {"meta": {"seeds": [0]}, "rows": ROWS}
 
 
+def test_data_sets_that_are_not_renewed_keep_their_rows_and_where_they_came_from(results):
+    first, again = (
+        {"command": word, "commit": word, "date": word, "machine": word, "threads": 1}
+        | {"load_before": 0.1, "versions": {}, "energy": {name: 1.0}}
+        for word, name in (("first", "npl"), ("again", "cisi"))
+    )
+    _frame.write("fit", ROWS, first, renewed=["npl"])
+    _frame.write("fit", [{**ROWS[0], "dataset": "cisi"}], again, renewed=["cisi"])
+    found = _frame.read("fit")
+    assert found["rows"] == [*ROWS, {**ROWS[0], "dataset": "cisi"}]
+    assert {name: said["commit"] for name, said in found["meta"]["of"].items()} == {
+        "npl": "first",
+        "cisi": "again",
+    }
+    assert found["meta"]["energy"] == {"npl": 1.0, "cisi": 1.0}
+    _frame.write("fit", ROWS[:1], again, renewed=["npl"])
+    assert [row["dataset"] for row in _frame.read("fit")["rows"]] == ["cisi", "npl"]
+
+
 @pytest.mark.parametrize("row", [{"recal": 1.0}, {"recall": float("nan")}], ids=["key", "nan"])
 def test_row_that_does_not_fit_is_refused(results, row):
     with pytest.raises(ValueError, match="recal"):
