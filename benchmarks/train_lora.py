@@ -45,14 +45,21 @@ RANKS = (1, 2, 4, 8, 16)
 LARGEST, ALPHA = 16, 16
 RATES = (2e-4, 5e-4, 1e-3)
 RECIPE: dict[str, Any] = {"epochs": 2, "batch": 32, "rows": None}
-CODE = ("lora", "lora_files", "ranking", "objectives", "sentence_transformer", "text", "trainer")
+CODE = ("lora", "ranking", "objectives")
 PLAIN = "lora-16"
 METHODS = ("dylora", *(f"lora-{rank}" for rank in RANKS))
 
 
 @cache
 def pairs(split: str) -> Examples:
-    return read_examples(_frame.data_folder() / f"stsb/{split}.tsv")
+    found = read_examples(_frame.data_folder() / f"stsb/{split}.tsv")
+    return found if RECIPE["rows"] is None else found[np.arange(RECIPE["rows"])]
+
+
+def gold(split: str) -> np.ndarray:
+    targets = pairs(split).targets
+    assert targets is not None
+    return targets
 
 
 def trained(method: str, rate: float, seed: int) -> _training.Arrays:
@@ -98,9 +105,8 @@ def train(folder: Path, lora: Lora, rate: float, seed: int, *, steps: int = -1) 
         save_every=10**6,
         validate_every=10**6,
     )
-    examples = pairs("train")[np.arange(len(pairs("train")))[: RECIPE["rows"]]]
     started = time.perf_counter()
-    train_text(MODEL, examples, folder, dims=(384,), holdout=0, lora=lora, settings=settings)
+    train_text(MODEL, pairs("train"), folder, dims=(384,), holdout=0, lora=lora, settings=settings)
     return time.perf_counter() - started
 
 
@@ -140,7 +146,7 @@ def cosines_of(encoder: TextEncoder, name: str) -> _training.Arrays:
 
 
 def untuned() -> _training.Arrays:
-    recipe = {"dataset": "stsb", "method": "untuned", "seed": 0}
+    recipe = {"dataset": "stsb", "method": "untuned", "seed": 0, "rows": RECIPE["rows"]}
     return _training.kept(NAME, recipe, lambda _: cosines_of(TextEncoder(MODEL), "0"), code="")
 
 
@@ -153,8 +159,8 @@ def on_dev(method: str, rate: float) -> float:
     found = trained(method, rate, 0)
     ranks = RANKS if method == "dylora" else (int(method.partition("-")[2]),)
     values = np.array([found[f"dev-{rank}"] for rank in ranks])
-    gold = pairs("dev").targets
-    return float(spearman(gold)(np.ones((1, len(gold))), values).mean())
+    dev = gold("dev")
+    return float(spearman(dev)(np.ones((1, len(dev))), values).mean())
 
 
 @cache
@@ -162,7 +168,7 @@ def rate_of(method: str) -> float:
     """The learning rate that is best on the dev split."""
     found = {rate: on_dev(method, rate) for rate in RATES}
     best = max(found, key=lambda rate: found[rate])
-    print(f"{method}: {best:g} of " + ", ".join(f"{r:g} {v:.4f}" for r, v in found.items()))
+    print(f"{method}: rate {best:g} of", {f"{r:g}": round(v, 4) for r, v in found.items()})
     return best
 
 
@@ -174,8 +180,8 @@ def every_run(seeds: list[int]) -> dict[str, list[_training.Arrays]]:
 def rows_of(seeds: list[int]) -> list[dict[str, Any]]:
     runs = every_run(seeds)
     note = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    gold = pairs("test").targets
-    common = {"dataset": "stsb", "n": len(gold)}
+    statistic = spearman(gold("test"))
+    common = {"dataset": "stsb", "n": len(gold("test"))}
     rows = [_row(common, "untuned", None, [untuned()["test-0"]], "")]
     for rank in RANKS:
         by_method = {
@@ -191,7 +197,7 @@ def rows_of(seeds: list[int]) -> list[dict[str, Any]]:
             rows.append(_row(common, method, rank, values, note))
         for method in [name for name in by_method if name != "lora"]:
             found = resample(
-                np.array(by_method[method] + by_method["lora"]), statistic=spearman(gold), seed=0
+                np.array(by_method[method] + by_method["lora"]), statistic=statistic, seed=0
             )
             half = len(seeds)
             draws = 100 * (found.draws[:, :half] - found.draws[:, half:]).mean(axis=1)
@@ -213,7 +219,7 @@ def rows_of(seeds: list[int]) -> list[dict[str, Any]]:
 def _row(
     common: dict[str, Any], method: str, rank: int | None, values: list[np.ndarray], note: str
 ) -> dict[str, Any]:
-    found = resample(np.array(values), statistic=spearman(pairs("test").targets), seed=0)
+    found = resample(np.array(values), statistic=spearman(gold("test")), seed=0)
     draws = found.draws.mean(axis=1)
     return {
         **common,
@@ -267,7 +273,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if chosen.tiny:
         RATES = RATES[:1]
-        RECIPE.update(epochs=1, rows=320)
+        RECIPE.update(epochs=1, rows=128)
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     meta = _frame.meta(
         seeds=seeds,

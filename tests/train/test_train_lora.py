@@ -202,7 +202,7 @@ def test_the_optimizer_learns_in_an_ordinary_trainer_of_transformers(x, tmp_path
             super().on_step_begin(*args, **kwargs)
             drawn.append(self.ranks.drawn)
 
-    rows = [{"x": row, "labels": torch.zeros(5)} for row in x.detach()]
+    rows: Any = [{"x": row, "labels": torch.zeros(5)} for row in x.detach()]
     arguments = TrainingArguments(
         str(tmp_path / "t"), max_steps=12, report_to="none", use_cpu=True, disable_tqdm=True
     )
@@ -288,6 +288,14 @@ def test_a_base_in_memory_is_left_as_it_was(trained, model):
     np.testing.assert_array_equal(
         given.array, load_lora(trained.folder, rank=2).encode(TEXTS).array
     )
+
+
+def test_the_card_says_what_each_rank_is_worth(trained):
+    card = (trained.folder / "README.md").read_text()
+    shown = [line.split(" | ")[0] for line in card.partition("| rank |")[2].splitlines()[2:5]]
+    assert shown == ["| 1", "| 2", "| 4"]
+    full = " | ".join(f"{trained.metrics[name]:.3f}" for name in ("top1@8", "top1@32"))
+    assert f"| 4 | {full} |" in card
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -431,7 +439,7 @@ def network(tmp_path_factory, images):
     made = small_resnet(n_channels=1, hidden_sizes=(8, 16), depths=(1, 1), embedding_size=8)
     for module in made.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 2)
+            module.state_dict()["running_var"].uniform_(0.5, 2)
     folder = tmp_path_factory.mktemp("resnet") / "net"
     save_image_model(folder, made, Preprocessing(32, 1), (8, 16))
     return folder

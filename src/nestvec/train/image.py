@@ -288,7 +288,8 @@ def train_image(
             else:
                 from nestvec.train.lora_files import save_adapter
 
-                usage = save_adapter(run.folder, adapter, base=before, dims=sizes)
+                score = None if held_out is None else validate
+                usage = save_adapter(run.folder, adapter, score, base=before, dims=sizes)
                 preprocessing.save(run.folder)
             if head is not None:
                 save_classifier(run.folder, head, names)

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from nestvec._extras import require
 from nestvec.encoders._quiet import quiet
+from nestvec.encoders.image_network import evaluating
 from nestvec.errors import DataError, DimensionError, ModelError
+from nestvec.train.validation import Validate
 
 require("peft", extra="train", why="LoRA")
 
@@ -222,6 +224,19 @@ class Attached:
         if self.ranks is not None:
             trainer.beside = (*trainer.beside, self.ranks)
             trainer.add_callback(DrawRanks(self.ranks))
+
+    def by_rank(self, validate: Validate) -> dict[int, dict[str, float]]:
+        """Return what a validation finds at the largest rank, half of it, and so on down to 1."""
+        found: dict[int, dict[str, float]] = {}
+        if self.ranks is not None:
+            with evaluating(self.tuned):
+                rank = self.ranks.largest
+                while rank:
+                    self.ranks.rank = rank
+                    found[rank] = validate()
+                    rank //= 2
+            self.ranks.rank = self.ranks.largest
+        return found
 
     def remove(self) -> None:
         """Give the network its own layers back."""

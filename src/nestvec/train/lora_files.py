@@ -35,14 +35,11 @@ from nestvec.encoders.image_network import (
 )
 from nestvec.errors import FileFormatError, ModelError, StorageError
 from nestvec.train.card import declare_dims
-from nestvec.train.lora import (  # which says what to type where peft is missing
-    ADAPTER,
-    Attached,
-    LoraConfig,
-    PeftModel,
-    checked_rank,
-    is_nested,
-)
+from nestvec.train.lora import ADAPTER, Attached, checked_rank, is_nested
+from nestvec.train.validation import Validate
+
+# the line above has said what to type where peft is missing
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict  # isort: skip
 
 CONFIG, WEIGHTS, PIXELS = (
     "adapter_config.json",
@@ -72,8 +69,6 @@ def save_lora(
     dims
         Sizes of the vectors that were trained.
     """
-    from peft import get_peft_model_state_dict
-
     if not isinstance(model, PeftModel):
         raise ModelError(f"a {type(model).__name__} is no PeftModel: give what peft returned.")
     config = copy.deepcopy(model.peft_config[ADAPTER])
@@ -86,8 +81,10 @@ def save_lora(
     _write(Path(folder), config, tensors, about)
 
 
-def save_adapter(folder: Path, adapter: Attached, *, base: str, dims: tuple[int, ...]) -> str:
-    """Write what was trained; return how to use it, for its card."""
+def save_adapter(
+    folder: Path, adapter: Attached, validate: Validate | None, *, base: str, dims: tuple[int, ...]
+) -> str:
+    """Write what was trained; return how to use it, and what each rank is worth, for its card."""
     save_lora(folder, adapter.tuned, base=base, dims=dims)
     rank = adapter.lora.rank
     some = f", rank={max(1, rank // 4)}" if adapter.lora.nested else ""
@@ -99,7 +96,27 @@ from nestvec.train import load_lora
 
 encoder = load_lora("{folder.resolve().name}"{some})   # merged into the base model
 vectors = encoder.encode(items)
-```"""
+```
+{"" if validate is None else _rank_table(adapter.by_rank(validate))}"""
+
+
+def _rank_table(by_rank: Mapping[int, Mapping[str, float]]) -> str:
+    """Return a Markdown table, a row a rank, the smallest first.
+
+    >>> print(_rank_table({2: {"top1@8": 0.5}, 1: {"top1@8": 0.25}}))
+    | rank | top1@8 |
+    | --- | --- |
+    | 1 | 0.250 |
+    | 2 | 0.500 |
+    """
+    if not by_rank:
+        return ""
+    names = list(by_rank[max(by_rank)])
+    rows = [
+        [str(rank), *(f"{by_rank[rank][name]:.3f}" for name in names)] for rank in sorted(by_rank)
+    ]
+    lines = [["rank", *names], ["---"] * (len(names) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cut_lora(folder: str | os.PathLike[str], output: str | os.PathLike[str], *, rank: int) -> None:

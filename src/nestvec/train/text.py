@@ -218,7 +218,7 @@ def train_text(
             else:
                 from nestvec.train.lora_files import save_adapter
 
-                usage = save_adapter(run.folder, adapter, base=before, dims=sizes)
+                usage = save_adapter(run.folder, adapter, validate, base=before, dims=sizes)
             if head is not None:
                 save_classifier(run.folder, head, examples.label_names)
             write_card(
