@@ -76,6 +76,12 @@ def read_beir_texts(folder: str | os.PathLike[str], role: str = "document") -> T
     return Texts(ids, texts)
 
 
+def read_beir_titles(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the title of every document of a BEIR folder by its id, "" where it has none."""
+    path = _find(Path(folder), "corpus.jsonl")
+    return {one: str(row.get("title") or "").strip() for one, row in _rows(path)}
+
+
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     """Read judgements: ``query document grade`` with tabs, or TREC's ``query 0 document grade``.
 

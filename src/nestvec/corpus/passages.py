@@ -80,7 +80,7 @@ def summary_queries(texts: Texts, *, name: str = "own text") -> RetrievalSet:
     DataError
         If no passage gives a query.
     """
-    split = [_summary(text) for text in texts.texts]
+    split = [summary_of(text) for text in texts.texts]
     times = Counter(head.casefold() for head, _ in split)
     doc_ids, doc_texts, query_ids, query_texts, qrels = [], [], [], [], {}
     for one, text, (head, body) in zip(texts.ids, texts.texts, split, strict=True):
@@ -99,7 +99,7 @@ def summary_queries(texts: Texts, *, name: str = "own text") -> RetrievalSet:
     return RetrievalSet(name, doc_ids, doc_texts, query_ids, query_texts, qrels)
 
 
-def _summary(text: str) -> tuple[str, str]:
+def summary_of(text: str) -> tuple[str, str]:
     """Return what a passage begins with and the rest; an empty head if it gives no query."""
     first, _, rest = text.partition("\n")
     head, body = first.strip("#= \t"), rest

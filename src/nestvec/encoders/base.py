@@ -85,6 +85,10 @@ class Encoder(ABC):
         """Bring ``space`` up to date, if the model may have changed."""
         return
 
+    def _check_role(self, role: Role, /) -> None:
+        """Raise `ModelError` if the model is not made for a role."""
+        return
+
     @abstractmethod
     def _vectors(self, items: list[Any], role: Role, /) -> ArrayLike:
         """Return one row an item, before normalisation."""
@@ -141,6 +145,7 @@ class Encoder(ABC):
         """
         if role not in ("document", "query"):
             raise DataError(f"role {role!r} is neither 'document' nor 'query'.")
+        self._check_role(role)
         items = self._checked(items, ids)
         if ids is not None:
             ids = _checks.as_ids(ids, len(items))

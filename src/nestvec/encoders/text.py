@@ -17,7 +17,7 @@ from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.encoders.compatible_with import compatible_with
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.encoders.image import is_image_model
-from nestvec.encoders.shared_space import shared
+from nestvec.encoders.shared_space import is_query_side, shared
 from nestvec.errors import ModelError
 from nestvec.space import Space, known_dims
 from nestvec.space.nesting import dims_from_config
@@ -116,6 +116,13 @@ class TextEncoder(Encoder):
     def _look_again(self) -> None:
         if self._borrowed:  # its owner may have trained it since
             self._space = self._describe()
+
+    def _check_role(self, role: Role) -> None:
+        if role == "document" and is_query_side(self._folder, self._space.fingerprint):
+            raise ModelError(
+                f"{self._name} encodes queries alone, into the space of documents that another "
+                f"model encoded. Encode documents with that model (role='query' is for queries)."
+            )
 
     def _describe(self) -> Space:
         config = getattr(getattr(self.model[0], "auto_model", None), "config", None)

@@ -29,6 +29,7 @@ from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Store, Written, durable
 from nestvec.search.store.incoming import gathered
 from nestvec.search.store.layout import Ids
+from nestvec.search.store.snapshot import as_matrix as as_vectors
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
 
@@ -270,6 +271,16 @@ class Index:
         self._refreshed()
         snapshot = self._store.snapshot
         return snapshot.read(snapshot.rows_of(ids), _names(columns))
+
+    def embeddings(self) -> Embeddings:
+        """Return every row of the newest version, in memory, with its id; an empty one raises."""
+        self._refreshed()
+        blocks = [rows.columns for rows in self._store.snapshot.scan(("id", "vector"))]
+        if not blocks:
+            raise DataError(f"{self.path} holds no rows.")
+        vectors = [as_vectors(block["vector"]).astype(np.float32) for block in blocks]
+        ids = [one for block in blocks for one in block["id"].to_pylist()]
+        return Embeddings(np.concatenate(vectors), self.space, ids)
 
     def search(
         self,

@@ -22,6 +22,7 @@ from nestvec.train.compatible import (  # noqa: E402  # likewise
 from nestvec.train.compatible_pairs import CompatiblePairs  # noqa: E402  # likewise
 from nestvec.train.distillation import ScoreDistillation  # noqa: E402  # likewise
 from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # likewise
+from nestvec.train.dynamic import DynamicNegatives  # noqa: E402  # likewise
 from nestvec.train.heads import (  # noqa: E402  # likewise
     BlockLayerNorm,
     BlockTriangularLinear,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from nestvec.train.lora import DrawRanks, Lora, NestedRanks
     from nestvec.train.lora_files import cut_lora, load_lora, save_lora, save_merged
     from nestvec.train.mining import Mined, mine_negatives
+    from nestvec.train.query_side import train_queries
+    from nestvec.train.synthesis import Synthetic, sample_documents, synthesize
     from nestvec.train.teacher import CrossEncoderTeacher, score_pairs
     from nestvec.train.text import train_text
 
@@ -69,14 +72,18 @@ _HOME = {
     "Mined": "nestvec.train.mining",
     "NestedRanks": "nestvec.train.lora",
     "ShiftAndFlip": "nestvec.train.image",
+    "Synthetic": "nestvec.train.synthesis",
     "cut_lora": "nestvec.train.lora_files",
     "load_lora": "nestvec.train.lora_files",
     "mine_negatives": "nestvec.train.mining",
+    "sample_documents": "nestvec.train.synthesis",
     "save_lora": "nestvec.train.lora_files",
     "save_merged": "nestvec.train.lora_files",
     "score_pairs": "nestvec.train.teacher",
+    "synthesize": "nestvec.train.synthesis",
     "train_image": "nestvec.train.image",
     "train_image_text": "nestvec.train.image_text",
+    "train_queries": "nestvec.train.query_side",
     "train_text": "nestvec.train.text",
 }
 
@@ -92,6 +99,7 @@ __all__ = [
     "CompatiblePairs",
     "CrossEncoderTeacher",
     "DrawRanks",
+    "DynamicNegatives",
     "HigherOrderCompatible",
     "InfoNCE",
     "KeepNeighbours",
@@ -114,6 +122,7 @@ __all__ = [
     "StationaryClassifier",
     "StationaryLabels",
     "SupervisedContrastive",
+    "Synthetic",
     "Trained",
     "best_size",
     "check_labels",
@@ -125,12 +134,15 @@ __all__ = [
     "load_lora",
     "mine_negatives",
     "row_offset",
+    "sample_documents",
     "save_lora",
     "save_merged",
     "score_pairs",
     "simplex",
+    "synthesize",
     "train_image",
     "train_image_text",
+    "train_queries",
     "train_text",
 ]
 
