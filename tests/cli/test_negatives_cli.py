@@ -58,7 +58,7 @@ def refused(*words):
     return " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize("name", ["mine"])
+@pytest.mark.parametrize("name", ["mine", "synthesize", "train queries"])
 def test_help_shows_examples(name):
     assert f"nestvec {name} " in run(*name.split(), "--help").output.partition("Examples:")[2]
 
@@ -83,3 +83,42 @@ def test_mining_says_what_does_not_fit(model, beir, tmp_path):
     assert "give two places, like 1-100" in refused("mine", beir, *out, "--ranks", "5")
     assert "ending in .jsonl" in refused("mine", beir, "-o", tmp_path / "h.csv")
     assert "its splits are: train" in refused("mine", beir, *out, "--split", "test")
+
+
+def test_pairs_are_made_of_a_corpus_and_negatives_with_them(model, beir, tmp_path):
+    options = ("--model", model, "--queries", "title", "--n", 12)
+    found = said("synthesize", beir, "-o", tmp_path / "pairs.jsonl", *options)
+    assert found["kind"] == "pairs"
+    assert found["n"] + found["n_without"] == 12
+    titles = {json.loads(x)["title"] for x in (beir / "corpus.jsonl").read_text().splitlines()}
+    pairs = read_examples(tmp_path / "pairs.jsonl")
+    assert set(pairs.texts[0]) <= titles
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+    run("synthesize", beir, "-o", tmp_path / "same.jsonl", *options)
+    assert read_examples(tmp_path / "same.jsonl") == pairs
+    assert "is not one of title, summary, lead" in refused(
+        "synthesize", beir, "-o", tmp_path / "x.jsonl", "--queries", "best"
+    )
+
+
+def test_corpus_too_small_to_cluster_is_refused(model, tmp_path):
+    lines = [json.dumps({"text": f"wing {n} " * 12}) for n in range(7)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    words = ("synthesize", tmp_path / "few.jsonl", "-o", tmp_path / "p.jsonl", "--model", model)
+    assert "7 documents are too few to cluster" in refused(*words, "--queries", "lead")
+
+
+def test_query_side_is_trained_against_an_index_and_searches_it(model, beir, tmp_path):
+    pytest.importorskip("lance", reason="nestvec[index]")
+    run("embed", beir, "-o", tmp_path / "docs.safetensors", "--model", model)
+    run("index", "create", tmp_path / "docs.nest", tmp_path / "docs.safetensors")
+    trained = ("train", "queries", beir, "--model", model, "--max-steps", 2, "--batch-size", 8)
+    options = ("--documents", tmp_path / "docs.nest", "-o", tmp_path / "asks", "--holdout", 0.2)
+    found = said(*trained, *options, "--dims", "8,32")
+    assert set(found["metrics"]) == {"hit10@8", "hit10@32"}
+    run("search", tmp_path / "docs.nest", "a wing", "--model", tmp_path / "asks")
+    assert "encodes queries alone" in refused(
+        "embed", beir, "-o", tmp_path / "d.safetensors", "--model", tmp_path / "asks"
+    )
+    again = (*trained, "-o", tmp_path / "asks", "--documents", tmp_path / "docs.safetensors")
+    assert "another configuration" in refused(*again, "--dims", "16,32")

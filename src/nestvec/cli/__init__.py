@@ -37,10 +37,11 @@ def _root(
     pass
 
 
-for _name in "demo embed fit transform measure search plan export classify mine".split():
+for _name in "demo embed fit transform measure search plan export classify mine synthesize".split():
     _module = importlib.import_module(f"nestvec.cli.{_name}")
     app.command(name=_name, epilog=_module.EPILOG)(getattr(_module, _name))
 
+importlib.import_module("nestvec.cli.train_queries")  # one more command of train
 for _name in ("index", "train", "lora", "upgrade"):
     app.add_typer(importlib.import_module(f"nestvec.cli.{_name}").app, name=_name)
 
