@@ -11,7 +11,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._atomic import written_beside
 from nestvec._checks import as_matrix
 from nestvec._extras import require
-from nestvec.errors import DataError, FileFormatError, PlanError
+from nestvec.errors import DataError, FileFormatError, PlanError, SpaceMismatchError
 from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.derived import Derived
@@ -30,8 +31,13 @@ from nestvec.search.store import Batch, Store, Written, durable
 from nestvec.search.store.incoming import gathered
 from nestvec.search.store.layout import Ids
 from nestvec.search.store.snapshot import as_matrix as as_vectors
+from nestvec.search.store.store import Moved
+from nestvec.search.transition import STATE, tidy
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
+
+if TYPE_CHECKING:
+    from nestvec.search.upgrading import Upgrading
 
 pa = require("pyarrow", extra="index", why="an index")
 
@@ -118,16 +124,12 @@ class Index:
     """
 
     def __init__(self, store: Store, *, show_progress: bool = False) -> None:
-        self.path = store.path
+        self.path = store.root
         self.show_progress = show_progress
-        self._store = store
-        sizes = sorted({*self.space.nesting_dims, self.space.size})
-        self._derived = Derived(self.path / "derived", sizes, show_progress=show_progress)
         self._lock = threading.RLock()
-        self._view: View | None = None
-        self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
-        self._plan_path = str(self.path / _PLAN)
-        self._plan_known: tuple[Any, Plan | None, dict[str, Any]] = (None, None, {})
+        self._live_in(store)
+        self._left: Space | None = None  # the Space of arrays that carry no stamp, if it was left
+        self._upgrade: tuple[Any, Upgrading | None] = (None, None)
         # Lance refuses to read a dataset object that another thread writes with, so writes have
         # a store of their own.
         self._writing = threading.Lock()
@@ -210,6 +212,16 @@ class Index:
             index._store.refresh()  # what others derived meanwhile is of versions that it sees now
             index._derived.drop_lost(stamps, index._store.snapshot)
         return index
+
+    def _live_in(self, store: Store) -> None:
+        """Read and write in the folder of a store from now on."""
+        self._store = store
+        sizes = sorted({*self.space.nesting_dims, self.space.size})
+        self._derived = Derived(store.path / "derived", sizes, show_progress=self.show_progress)
+        self._view: View | None = None
+        self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
+        self._plan_path = str(store.path / _PLAN)
+        self._plan_known: tuple[Any, Plan | None, dict[str, Any]] = (None, None, {})
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self):,} rows, version {self.version})"
@@ -330,19 +342,39 @@ class Index:
         DataError
             If queries, filter or columns do not fit.
         """
-        asked = self._queries(queries)
-        chosen = self._chosen(plan, cascade, dims, recall, k)
-        view = self._seen()
+        def ask() -> Hits:
+            view = self._seen()
+            upgrading = self._upgrading_to(queries, view)
+            asked = self._queries(queries, view if upgrading is None else upgrading)
+            if upgrading is not None and (plan, cascade, dims, recall) != (None,) * 4:
+                raise PlanError(
+                    f"{self.path} is being upgraded: queries of its new space follow the stored "
+                    f"plan where rows have old vectors, and score each row that has a new one. "
+                    f"Leave out plan, cascade, dims and recall until the upgrade is finished."
+                )
+            chosen = self._chosen(plan, cascade, dims, recall, k)
+            if upgrading is not None:
+                view, found = upgrading.search(chosen, asked, filter, threads)
+            else:
+                try:
+                    found = self._run(chosen, asked, view, filter, threads)
+                except Damaged as error:
+                    view = self._mended(view, error)
+                    found = self._run(chosen, asked, view, filter, threads)
+            ids = view.ids(found.rows)
+            hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
+            return hits if columns is None else _with_payload(hits, view, _names(columns))
+
+        before = self._store, self._upgrade
         try:
-            found = self._run(chosen, asked, view, filter, threads)
-        except Damaged as error:
-            view = self._mended(view, error)
-            found = self._run(chosen, asked, view, filter, threads)
-        ids = view.ids(found.rows)
-        hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
-        if columns is None:
-            return hits
-        return _with_payload(hits, view, _names(columns))
+            return ask()
+        except Exception:
+            # an upgrade may have been finished, or taken back, and its files be gone
+            self._follow()
+            self._upgrading()
+            if before == (self._store, self._upgrade):
+                raise
+            return ask()
 
     # --- plans ----------------------------------------------------------------------------------
 
@@ -357,13 +389,13 @@ class Index:
         seen, plan, _ = self._plan_known
         if seen != stamp:
             try:
-                about = json.loads((self.path / _PLAN).read_text("utf-8"))
+                about = json.loads((self._store.path / _PLAN).read_text("utf-8"))
                 plan = Plan.parse(about["plan"])
             except FileNotFoundError:
                 return None
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise FileFormatError(
-                    f"{self.path / _PLAN} cannot be read ({error}). Remove it, or plan again."
+                    f"{self._plan_path} cannot be read ({error}). Remove it, or plan again."
                 ) from error
             self._plan_known = stamp, plan, about
         return plan
@@ -439,7 +471,7 @@ class Index:
         labels = None
         if qrels is not None:
             queries, labels = _judged(queries, qrels)
-        asked = None if queries is None else self._queries(queries)
+        asked = None if queries is None else self._queries(queries, view)
         if view.n_fresh > view.everyone.n_derived:  # it would be planned for the fewer
             self._renewed(view)
 
@@ -481,16 +513,17 @@ class Index:
         """
         if plan is None:
             with durable.storage_errors(self.path):
-                (self.path / _PLAN).unlink(missing_ok=True)
+                (self._store.path / _PLAN).unlink(missing_ok=True)
             return
         chosen = _as_plan(plan)
         engine.check(chosen, self._seen().generation)
         if isinstance(plan, Planned):
             about = {**planner.as_json(plan), **about}
         text = json.dumps({"plan": str(chosen), **about}, indent=1) + "\n"
-        with durable.storage_errors(self.path), durable.writer_lock(self.path):
+        home = self._store.path
+        with durable.storage_errors(self.path), durable.writer_lock(home):
             self._remove_scratch()
-            with written_beside(self.path / _PLAN) as scratch:
+            with written_beside(home / _PLAN) as scratch:
                 scratch.write_text(text, "utf-8")
 
     def build(self, *names: str) -> None:
@@ -512,9 +545,10 @@ class Index:
         that it tried. Returns the bytes of the record that became free.
         """
         plan = self.plan_stored
-        with durable.storage_errors(self.path), durable.writer_lock(self.path):
-            self._remove_scratch()
         with self._written() as store:
+            with store.locked():
+                self._remove_scratch()
+                tidy(store)
             freed = store.compact(keep_versions=keep_versions)
         old = self._seen()
         names = old.generation.names()
@@ -579,38 +613,59 @@ class Index:
     # --- inside ---------------------------------------------------------------------------------
 
     def _put(self, how: str, rows: Any) -> Written:
+        self._follow()
+        if self._left is not None:
+            rows = _only_stamped(rows, self.path, self._left)
+        upgrading = self._upgrading()
+        return self._write(how, rows) if upgrading is None else upgrading.put(how, rows)
+
+    def _write(self, how: str, rows: Any) -> Written:
         # whatever makes them may take its time, and may write to this index itself
-        with gathered(rows, self._store.layout, self.path) as new:
+        checked_for = self._store
+        with gathered(rows, checked_for.layout, checked_for.path) as new:
             if new is None:
                 return Written(self.version)
             with self._written() as store:
+                if store.path != checked_for.path:
+                    raise Moved(self.path)
                 return getattr(store, how)(new)
 
     def _remove_scratch(self) -> None:
         """Remove what was left by a process that was killed; the writer lock is held."""
-        for folder in self.path.glob(f".{_PLAN}.*"):
+        for folder in self._store.path.glob(f".{_PLAN}.*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Store]:
+        self._follow()
         with self._writing:
-            if self._writer is None:
+            if self._writer is None or self._writer.path != self._store.path:
                 self._writer = Store.open(self.path, durability=self._store.durability)
             yield self._writer
 
-    def _queries(self, queries: Embeddings | ArrayLike) -> NDArray[np.float32]:
+    def _queries(
+        self, queries: Embeddings | ArrayLike, view: View | Upgrading
+    ) -> NDArray[np.float32]:
+        space = view.space
         if isinstance(queries, Embeddings):
-            self.space.check_same(queries.space)
+            if queries.space.space_id != space.space_id:
+                raise _other_space(space, queries.space, self.path)
             queries = queries.array
+        elif self._left is not None:
+            raise SpaceMismatchError(
+                f"{self.path} was upgraded to {space.label} while it was open here, and these "
+                f"vectors carry no stamp, so they may be of {self._left.label}. Give Embeddings, "
+                f"or open the index again."
+            )
         array = np.asarray(queries)
         if array.ndim == 1 and array.dtype != object:
             array = array[None]
-        if array.shape == (1, self.space.size) and array.dtype == np.float32:
+        if array.shape == (1, space.size) and array.dtype == np.float32:
             if (
                 0 < np.vdot(array, array) < np.inf
             ):  # so it is what `as_matrix` looks for, in a tenth
                 return np.ascontiguousarray(array)
-        return np.ascontiguousarray(as_matrix(array, dim=self.space.size, name="queries"))
+        return np.ascontiguousarray(as_matrix(array, dim=space.size, name="queries"))
 
     def _run(
         self,
@@ -662,6 +717,7 @@ class Index:
     def _refreshed(self) -> None:
         if self._store.is_unchanged():
             return
+        self._follow()
         with self._lock:
             if self._store.is_newer():
                 self._store.refresh()
@@ -670,6 +726,38 @@ class Index:
                 if self._writer is not None and self._writer.version < self._store.version:
                     self._writer = None
                 self._writing.release()
+
+    def _follow(self) -> None:
+        """Go to the folder where the index lives now, if an upgrade of it was finished."""
+        if not self._store.is_moved():
+            return
+        with self._lock:
+            if self._store.is_moved():
+                old = self.space
+                self._live_in(Store.open(self.path, durability=self._store.durability))
+                if self._left is None and old.space_id != self.space.space_id:
+                    self._left = old
+
+    def _upgrading(self) -> Upgrading | None:
+        """Return the upgrade that is under way, if there is one."""
+        stamp = durable.signature(self.path / STATE)
+        if stamp != self._upgrade[0]:
+            from nestvec.search.upgrading import Upgrading
+
+            with self._lock:
+                self._upgrade = stamp, None if stamp is None else Upgrading.open(self)
+        found = self._upgrade[1]
+        return found if found is not None and found.is_of(self._store) else None
+
+    def _upgrading_to(self, queries: Embeddings | ArrayLike, view: View) -> Upgrading | None:
+        """Return the upgrade that is under way if queries are of its new Space, not of this."""
+        if not isinstance(queries, Embeddings):
+            return None
+        space_id = queries.space.space_id
+        if space_id == view.space.space_id:
+            return None
+        found = self._upgrading()
+        return found if found is not None and found.space.space_id == space_id else None
 
     def _seen(self) -> View:
         """Return a view of the newest version."""
@@ -778,6 +866,31 @@ def _schema(payload: Any) -> Any:
 
 def _names(columns: str | Iterable[str]) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns)
+
+
+def _only_stamped(rows: Any, path: Path, left: Space) -> Iterator[Batch | Embeddings]:
+    """Yield rows, and refuse vectors that do not say of which Space they are."""
+    one = isinstance(rows, (Batch, Embeddings)) or not isinstance(rows, Iterable)
+    for batch in [rows] if one else rows:
+        if not isinstance(getattr(batch, "vectors", batch), Embeddings):
+            raise SpaceMismatchError(
+                f"{path} was upgraded while it was open here, and these vectors carry no stamp, so "
+                f"they may be of {left.label}. Give Embeddings, or open the index again."
+            )
+        yield batch
+
+
+def _other_space(space: Space, given: Space, path: Path) -> SpaceMismatchError:
+    try:
+        space.check_same(given)
+    except SpaceMismatchError as error:
+        said = str(error)
+    if space.fingerprint != given.fingerprint:
+        said += (
+            f" Or let the new model's queries search this index, as it is, through a bridge: "
+            f"nestvec upgrade start {path}."
+        )
+    return SpaceMismatchError(said)
 
 
 def _is_whole(ids: Any) -> bool:

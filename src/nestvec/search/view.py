@@ -18,6 +18,7 @@ from nestvec.search.generation import Generation
 from nestvec.search.store import Keys, Snapshot
 from nestvec.search.store.snapshot import as_matrix
 from nestvec.search.structures.codes import unit_prefixes
+from nestvec.space import Space
 
 _EVERY = np.empty(0, np.bool_)  # what the kernels take for "all rows"
 _FILTERS_KEPT = 16
@@ -102,6 +103,11 @@ class View:
         return self.everyone.n_derived + self.n_fresh
 
     @property
+    def space(self) -> Space:
+        """The Space of the rows."""
+        return self.snapshot.layout.space
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of fresh rows, of the join and of filters, in memory."""
         masks = [self.everyone, *self._filtered.copy().values()]
@@ -134,6 +140,15 @@ class View:
         if self._order is not None:
             places = self._order[places]
         return places, derived[places] == row_ids
+
+    def rows_of(self, keys: Keys) -> NDArray[np.int64]:
+        """Return the numbers that live rows of this version have here, (n,), by their keys."""
+        rows, found = self._places(keys.row_ids)
+        found[found] = self.generation.mirror.updated[rows[found]] == keys.updated[found]
+        order = np.argsort(self.fresh_row_ids, kind="stable")
+        places = np.searchsorted(self.fresh_row_ids, keys.row_ids[~found], sorter=order)
+        rows[~found] = len(self.generation) + order[places]
+        return rows
 
     def _read_fresh(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
         if self._fresh is None:

@@ -52,6 +52,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def signature(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    """Return what changes whenever a file is replaced by another one; None if there is none."""
+    try:
+        there = os.stat(path)  # noqa: PTH116
+    except FileNotFoundError:
+        return None
+    return there.st_ino, there.st_mtime_ns, there.st_size
+
+
 @contextlib.contextmanager
 def writer_lock(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one writer at a time, in all processes and threads.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nestvec import __version__, _checks
+from nestvec._atomic import written_beside
 from nestvec._extras import require
 from nestvec.errors import DataError, FileFormatError, SpaceError, StorageError
 from nestvec.space import Embeddings, Space
@@ -23,6 +24,7 @@ Ids = ArrayLike | int | Iterable[Any]
 #: The version of the folder's layout; a newer one is refused.
 FORMAT = 1
 STAMP = "nestvec.json"
+_POINTER_FORMAT = 2  # of a stamp that only says which folder inside holds the index
 
 _ID_TYPES = {"int": pa.int64(), "str": pa.string()}
 _VECTOR_TYPES = {"float32": pa.float32(), "float16": pa.float16()}
@@ -215,6 +217,32 @@ class Layout:
                 f"this index has {_listed(self.payload)}, and the payload {' and '.join(said)}."
             )
         return [_column(columns[f.name], f, n) for f in self.payload]
+
+
+# --- an index that was upgraded lives in a folder inside ------------------------------------------
+
+
+def home_of(root: Path) -> Path:
+    """Return the folder that holds the index at ``root``: that itself, or one inside of it.
+
+    An upgrade leaves the index of the new Space in a folder of its own, and the stamp points to it.
+    """
+    try:
+        home = json.loads((root / STAMP).read_text(encoding="utf-8")).get("home")
+    except (OSError, ValueError, AttributeError):
+        return root  # whoever opens it says what is wrong
+    return root / home if isinstance(home, str) else root
+
+
+def point_to(root: Path, home: Path) -> None:
+    """Let the stamp of ``root`` say that the index is in ``home`` now: at once, and durably."""
+    stamp = {
+        "format": _POINTER_FORMAT,
+        "written_by": f"nestvec {__version__}",
+        "home": home.name,
+    }
+    with written_beside(root / STAMP) as scratch:
+        scratch.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
 
 
 def _column(values: Any, field: Any, n: int) -> Any:

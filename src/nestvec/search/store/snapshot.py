@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class Keys(NamedTuple):
     """(n,) Stable: an upsert keeps it."""
     updated: NDArray[np.int64]
     """(n,) The version of the last update."""
+
+    def at(self, places: NDArray[Any]) -> Keys:
+        """Return those at some places."""
+        return Keys(self.row_ids[places], self.updated[places])
 
 
 class Rows(NamedTuple):
@@ -115,6 +119,28 @@ class Snapshot:
         read = self._keys_of_each(fresh)
         for mark, _ in marked:
             yield mark, None if mark in known else next(read)
+
+    def columns_by_fragment(
+        self, columns: Sequence[str], known: Mapping[Any, tuple[NDArray[Any], ...]]
+    ) -> dict[Any, tuple[NDArray[Any], ...]]:
+        """Return for the mark of each fragment row ids, versions and columns, each (n,).
+
+        Those whose mark is ``known`` are not read again.
+        """
+        self._check_columns(columns)
+        found = {}
+        for fragment in self.dataset.get_fragments():
+            mark = _mark(fragment.metadata)
+            if mark in known:
+                found[mark] = known[mark]
+                continue
+            with self._errors():
+                table = self.dataset.scanner(
+                    columns=[*columns, *_KEYS], fragments=[fragment], scan_in_order=True
+                ).to_table()
+            others = (table[name].to_numpy() for name in columns)
+            found[mark] = (*_keys_of(table), *others)
+        return found
 
     def _keys_of_each(self, fragments: list[Any]) -> Iterator[Keys]:
         ends = np.cumsum([fragment.metadata.num_rows for fragment in fragments])

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from nestvec._atomic import written_beside
 from nestvec._extras import require
-from nestvec.errors import DataError, FileFormatError, StorageError
+from nestvec.errors import DataError, FileFormatError, NestvecError, StorageError
 from nestvec.search.store import checkup, durable
 from nestvec.search.store.incoming import Incoming, gathered
-from nestvec.search.store.layout import STAMP, Batch, Ids, Layout
+from nestvec.search.store.layout import STAMP, Batch, Ids, Layout, home_of
 from nestvec.search.store.snapshot import Snapshot
 from nestvec.space import Embeddings, Space
 
@@ -30,6 +30,16 @@ _CACHE_BYTES = 1 << 26  # Lance's own limits are gigabytes
 _FRAGMENT_ROWS = 1 << 18  # an upsert makes the keys of the fragments it touches be read again
 
 Batches = Batch | Embeddings | Incoming | Iterable[Any]
+
+
+class Moved(StorageError):
+    """The index lives in another folder now: an upgrade to another Space was finished."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(
+            f"the index at {root} was upgraded to another space meanwhile, so nothing was written. "
+            f"Write vectors of its new space."
+        )
 
 
 class Written(NamedTuple):
@@ -65,16 +75,19 @@ class Store:
     ``durability="power"`` its files and folders are synced and survive a power cut, with
     ``"process"`` they survive the end of the process. Writers in any process or thread take
     turns; readers wait for nobody. `snapshot` is the version that this store sees; `refresh`
-    moves it to the newest, and so does every write.
+    moves it to the newest, and so does every write. It stays with the folder that it was opened
+    in; once an upgrade has left that one, writes raise `Moved`.
     """
 
     snapshot: Snapshot
 
-    def __init__(self, path: Path, snapshot: Snapshot, durability: str) -> None:
+    def __init__(self, root: Path, path: Path, snapshot: Snapshot, durability: str) -> None:
+        self.root = root
         self.path = path
         self.durability = durability
         self.snapshot = snapshot
         self._versions = str(path / "record" / "_versions")
+        self._stamp: Any = None  # as it was when it said that this is the folder
         self._seen = -1, False  # when it changed last, and whether that tells enough by itself
         self._handle = os.open(self._versions, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._handle)
@@ -150,8 +163,18 @@ class Store:
         FileFormatError
             If it is damaged, or was written by a newer nestvec.
         """
-        path = Path(path)
         _check_durability(durability)
+        root = Path(path)
+        while True:
+            home = home_of(root)
+            try:
+                return cls._opened(root, home, durability)
+            except NestvecError:
+                if home_of(root) == home:  # else an upgrade was finished at this moment
+                    raise
+
+    @classmethod
+    def _opened(cls, root: Path, path: Path, durability: str) -> Store:
         _check_is_index(path)
         try:
             dataset = lance.dataset(
@@ -172,7 +195,7 @@ class Store:
                 f"another index. Restore both from one backup."
             )
         lease = durable.Lease(path, dataset.version)
-        store = cls(path, Snapshot(path, dataset, layout, lease), durability)
+        store = cls(root, path, Snapshot(path, dataset, layout, lease), durability)
         store.refresh()  # a version that was removed before it was leased
         return store
 
@@ -206,6 +229,16 @@ class Store:
             return False
         now = os.fstat(self._handle)
         return now.st_mtime_ns == seen_ns and now.st_nlink > 0
+
+    def is_moved(self) -> bool:
+        """Tell whether an upgrade was finished: the index at `root` is in another folder now."""
+        stamp = durable.signature(self.root / STAMP)
+        if stamp == self._stamp:
+            return False
+        if home_of(self.root) != self.path:
+            return True
+        self._stamp = stamp
+        return False
 
     def is_newer(self) -> bool:
         """Tell whether there is a newer version than the one seen; takes microseconds."""
@@ -260,6 +293,29 @@ class Store:
 
     # --- writing ----------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the writer lock, and see the newest version.
+
+        Raises
+        ------
+        Moved
+            If an upgrade has left this folder: what is written here would be lost.
+        """
+        with durable.storage_errors(self.path), contextlib.ExitStack() as held:
+            try:
+                held.enter_context(durable.writer_lock(self.path))
+            except FileNotFoundError:
+                self._check_not_moved()
+                raise
+            self._check_not_moved()
+            self.refresh()
+            yield
+
+    def _check_not_moved(self) -> None:
+        if self.is_moved():
+            raise Moved(self.root)
+
     def append(self, rows: Batches) -> Written:
         """Add rows with new ids, all of them in one version.
 
@@ -282,8 +338,7 @@ class Store:
         with gathered(rows, self.layout, self.path) as new:
             if new is None:
                 return Written(self.version)
-            with durable.storage_errors(self.path), durable.writer_lock(self.path):
-                self.refresh()
+            with self.locked():
                 there = self.snapshot.look_up(_array(new.ids)) >= 0
                 if there.any():
                     first = new.ids[int(there.argmax())].as_py()
@@ -308,8 +363,7 @@ class Store:
         with gathered(rows, self.layout, self.path) as new:
             if new is None:
                 return Written(self.version)
-            with durable.storage_errors(self.path), durable.writer_lock(self.path):
-                self.refresh()
+            with self.locked():
                 merge = self.snapshot.dataset.merge_insert("id")
                 merge.when_matched_update_all().when_not_matched_insert_all()
                 return self._merge(merge, new.rows)
@@ -325,8 +379,7 @@ class Store:
             If the disk refuses; nothing is removed.
         """
         column = self.layout.id_column(ids)
-        with durable.storage_errors(self.path), durable.writer_lock(self.path):
-            self.refresh()
+        with self.locked():
             there = self.snapshot.look_up(column) >= 0
             if not there.all() and not missing_ok:
                 first = column[int(there.argmin())].as_py()
@@ -398,8 +451,7 @@ class Store:
         """
         if keep_versions < 1:
             raise DataError(f"keep_versions={keep_versions}: at least the newest stays, 1.")
-        with durable.storage_errors(self.path), durable.writer_lock(self.path):
-            self.refresh()
+        with self.locked():
             before = self.stats().record_bytes
             dataset = self.snapshot.dataset
             options = {"target_rows_per_fragment": _FRAGMENT_ROWS, "num_threads": 1}

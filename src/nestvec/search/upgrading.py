@@ -1,0 +1,262 @@
+"""An index under upgrade, as queries of its new Space see it: old rows and new ones, one gallery.
+
+Rows that have new vectors are scored by those, all others through the bridge by their old vectors
+and the plan of the old index. The second kind of score is calibrated to the first, and the two
+lists become one; a row that is in the first list's gallery is masked in the second's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestvec.maps.base import FittedMap, load_map
+from nestvec.search import engine
+from nestvec.search.cascade import Cascade, Plan, Stage
+from nestvec.search.index import Index
+from nestvec.search.sealed import Damaged
+from nestvec.search.store import Batch, Keys, Snapshot, Store, Written
+from nestvec.search.transition import BRIDGE, FOLDER, KEYS, NEW, STATE, State, home_name
+from nestvec.search.view import Mask, View
+from nestvec.space import Embeddings, Space
+
+
+class Sides(NamedTuple):
+    """How two views of one moment share the rows of the old index."""
+
+    pending: Mask
+    """Rows of the old view that have no true new vector."""
+    done: Mask
+    """Rows of the new view that are true."""
+    place: NDArray[np.int64]
+    """(rows of the new view,) Their number in the old view; -1 where they are not true."""
+    keys: Keys
+    """Of all live rows of the old index, in the order of its record."""
+    is_done: NDArray[np.bool_]
+    """Which of those are done, (n,)."""
+    new_row: NDArray[np.int64]
+    """Row id in the new index of each that is done, (n_done,), in the same order."""
+    bridged: NDArray[np.bool_]
+    """Which of the done have an old vector that the bridge made, (n_done,)."""
+
+
+class Upgrading:
+    """An upgrade that is under way; made by `Index`, which hands it what is of the new Space."""
+
+    def __init__(self, index: Index, state: State, bridge: FittedMap, new: Index) -> None:
+        self.index = index
+        self.state = state
+        self.bridge = bridge
+        self.new = new
+        self._lock = threading.Lock()
+        self._sides: tuple[View, View, Sides] | None = None
+        self._old_keys: tuple[Snapshot, Keys] | None = None
+        self._new_keys: dict[Any, tuple[NDArray[np.int64], ...]] = {}
+
+    @classmethod
+    def open(cls, index: Index) -> Upgrading | None:
+        """Open what ``upgrade.json`` stands for; None if it has just gone."""
+        folder = index.path / FOLDER
+        try:
+            state = State.load(index.path / STATE)
+        except FileNotFoundError:
+            return None
+        durability = index._store.durability
+        new = Index.open(folder / NEW, durability=durability, show_progress=index.show_progress)
+        return cls(index, state, load_map(folder / BRIDGE), new)
+
+    @property
+    def space(self) -> Space:
+        """The new Space."""
+        return self.state.space
+
+    def is_of(self, store: Store) -> bool:
+        """Tell whether the index is still in the folder that this upgrade is to leave."""
+        return home_name(store) == self.state.home
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def search(
+        self, plan: Plan, queries: NDArray[np.float32], filter: str | None, threads: int | None
+    ) -> tuple[View, engine.Found]:
+        """Return the nearest rows of queries of the new Space, as rows of the old view.
+
+        ``plan`` is for rows with old vectors; all that have new ones are scored.
+        """
+        for _ in range(2):
+            old, new = self.views()
+            try:
+                return old, self._found(plan, queries, filter, threads, old, new)
+            except Damaged as error:  # of which side it is, is not said; both can be made again
+                self.index._mended(old, error)
+                self.new._mended(new, error)
+        old, new = self.views()
+        return old, self._found(plan, queries, filter, threads, old, new)
+
+    def _found(
+        self,
+        plan: Plan,
+        queries: NDArray[np.float32],
+        filter: str | None,
+        threads: int | None,
+        old: View,
+        new: View,
+    ) -> engine.Found:
+        sides = self.sides(old, new)
+        pending, done = sides.pending, sides.done
+        if filter is not None:
+            passing = old.matching(filter)
+            pending = _both(pending, passing)
+            done = _at_places(sides.place, passing, len(new.generation))
+        k = plan.cascade.stages[-1].keep
+        every = Plan(Cascade([Stage(self.space.size, k)]))
+        here = engine.run(every, queries, new, done, threads=threads)
+        there = engine.run(plan, self.bridged(queries), old, pending, threads=threads)
+        scale = self.state.calibration
+        calibrated = (scale.slope * there.scores + scale.offset).astype(np.float32)
+        placed = np.where(here.rows >= 0, sides.place[here.rows], -1)
+        rows = np.concatenate([placed, there.rows], axis=1)
+        scores = np.concatenate([here.scores, calibrated], axis=1)
+        order = np.lexsort((rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
+        said = {**here.stages[-1], "stage": f"new {here.stages[-1]['stage']}"}
+        return engine.Found(
+            np.take_along_axis(rows, order, axis=1),
+            np.take_along_axis(scores, order, axis=1),
+            (*there.shortlists, placed),
+            (*there.stages, said),
+        )
+
+    def bridged(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return what the bridge makes of vectors of the new Space."""
+        return self.bridge.transform(Embeddings(vectors, self.space)).array
+
+    def views(self) -> tuple[View, View]:
+        """Return both sides as they are now."""
+        return self.index._seen(), self.new._seen()
+
+    def sides(self, old: View, new: View) -> Sides:
+        """Join two views: whose vectors count for which row."""
+        with self._lock:
+            if self._sides is not None and self._sides[:2] == (old, new):
+                return self._sides[2]
+            if self._old_keys is None or self._old_keys[0] is not old.snapshot:
+                self._old_keys = old.snapshot, old.snapshot.keys()
+            row_ids, updated, of_row, of_version, bridged = self._keys_of_new(new.snapshot)
+            found = _joined(
+                old, new, self._old_keys[1], Keys(row_ids, updated), of_row, of_version, bridged
+            )
+            self._sides = old, new, found
+            return found
+
+    def _keys_of_new(self, snapshot: Snapshot) -> tuple[NDArray[Any], ...]:
+        """Return row ids, versions, and the columns of `KEYS`; pieces that stay are read once."""
+        self._new_keys = snapshot.columns_by_fragment(KEYS.names, self._new_keys)
+        none = *(np.empty(0, np.int64),) * 4, np.empty(0, np.bool_)
+        parts = zip(none, *self._new_keys.values(), strict=True)
+        return tuple(np.concatenate(part) for part in parts)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def put(self, how: str, rows: Any) -> Written:
+        """Write rows of either Space to the index.
+
+        The record of the old index stays the truth: rows of the new Space get, as old vectors,
+        what the bridge makes of them, and their own are added here, keyed to that write.
+        """
+        with tempfile.TemporaryFile(dir=self.new._store.path) as spool:
+            kept: list[tuple[Any, int]] = []
+            written = self.index._write(how, self._old_rows(rows, kept, spool))
+            if kept:
+                self.new.upsert(self._new_rows(kept, spool, written.version))
+        return written
+
+    def _old_rows(self, rows: Any, kept: list[Any], spool: Any) -> Iterator[Any]:
+        one = isinstance(rows, (Batch, Embeddings)) or not isinstance(rows, Iterable)
+        for batch in [rows] if one else rows:
+            vectors = getattr(batch, "vectors", batch)
+            if (
+                not isinstance(vectors, Embeddings)
+                or vectors.space.space_id != self.space.space_id
+            ):
+                yield batch
+                continue
+            batch = batch if isinstance(batch, Batch) else Batch(batch)
+            ids = batch.ids if batch.ids is not None or not vectors.has_ids else vectors.ids
+            old = self.bridge.transform(Embeddings(vectors.array, vectors.space))
+            yield Batch(old, ids, batch.payload)
+            kept.append((ids, len(vectors)))
+            spool.write(np.ascontiguousarray(vectors.array, np.float32).data)
+
+    def _new_rows(self, kept: list[Any], spool: Any, version: int) -> Iterator[Batch]:
+        spool.seek(0)
+        self.index._refreshed()
+        snapshot = self.index._store.snapshot
+        for ids, n in kept:
+            array = np.frombuffer(spool.read(4 * n * self.space.size), np.float32)
+            rows = snapshot.look_up(snapshot.layout.id_column(ids))
+            yield Batch(
+                Embeddings(array.reshape(n, -1), self.space),
+                ids,
+                {"of_row": rows, "of_version": [version] * n, "bridged": [True] * n},
+            )
+
+
+def _joined(
+    old: View,
+    new: View,
+    keys: Keys,
+    new_keys: Keys,
+    of_row: NDArray[np.int64],
+    of_version: NDArray[np.int64],
+    bridged: NDArray[np.bool_],
+) -> Sides:
+    order = np.argsort(keys.row_ids, kind="stable")
+    at = np.searchsorted(keys.row_ids, of_row, sorter=order)
+    true = at < len(order)
+    at = order[at[true]]
+    still = (keys.row_ids[at] == of_row[true]) & (keys.updated[at] == of_version[true])
+    true[true], at = still, at[still]
+    is_done = np.zeros(len(order), np.bool_)
+    is_done[at] = True
+    by_place = np.argsort(at, kind="stable")
+    numbers = old.rows_of(keys)
+    new_numbers = new.rows_of(Keys(new_keys.row_ids[true], new_keys.updated[true]))
+    place = np.full(len(new.generation) + new.n_fresh, -1)
+    place[new_numbers] = numbers[at]
+    return Sides(
+        pending=_only(old, numbers[~is_done]),
+        done=_only(new, new_numbers),
+        place=place,
+        keys=keys,
+        is_done=is_done,
+        new_row=new_keys.row_ids[true][by_place],
+        bridged=bridged[true][by_place],
+    )
+
+
+def _only(view: View, rows: NDArray[np.int64]) -> Mask:
+    """Return the mask of some rows of a view."""
+    if len(rows) == len(view):
+        return view.everyone
+    n = len(view.generation)
+    which = np.zeros(n + view.n_fresh, np.bool_)
+    which[rows] = True
+    return Mask(which[:n], which[n:], int(np.count_nonzero(which[:n])))
+
+
+def _both(pending: Mask, passing: Mask) -> Mask:
+    derived = passing.derived & pending.derived if len(pending.derived) else passing.derived
+    return Mask(derived, passing.fresh & pending.fresh, int(np.count_nonzero(derived)))
+
+
+def _at_places(place: NDArray[np.int64], passing: Mask, n_derived: int) -> Mask:
+    """Return the mask of the rows whose places in the other view pass."""
+    passes = np.concatenate([passing.derived, passing.fresh, [False]])  # the last is place -1
+    found = passes[place]
+    derived = found[:n_derived]
+    return Mask(derived, found[n_derived:], int(np.count_nonzero(derived)))

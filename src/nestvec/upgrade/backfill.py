@@ -1,0 +1,135 @@
+"""Re-embed pending rows in the background, some at a time, each piece durable when it is counted.
+
+Nothing else remembers how far it came: a row is done when the new index holds its vector, keyed to
+the version of the row that was embedded. So a backfill that was killed is begun again and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nestvec._atomic import written_beside
+from nestvec._progress import progress
+from nestvec.search.store import Batch
+from nestvec.search.transition import FOLDER
+from nestvec.search.upgrading import Upgrading
+from nestvec.space import Embeddings
+from nestvec.upgrade.order import pending_rows
+from nestvec.upgrade.sources import NewVectors
+
+PACE = "backfill.json"
+_ROWS_AN_ORDER = 20_000  # rows are ordered anew after as many: writes go on meanwhile
+_ROWS_A_PIECE = 8192
+_S_A_PIECE = 2.0  # what a kill can cost
+_FRAGMENTS = 64  # pieces of the new index before they are joined
+
+
+def backfill(
+    upgrading: Upgrading,
+    vectors: NewVectors,
+    *,
+    order: str,
+    traffic: Mapping[Any, float] | None,
+    seed: int,
+    batch_size: int,
+    rows_per_second: float | None,
+    max_rows: int | None,
+    show_progress: bool,
+) -> int:
+    """Re-embed until no row is pending that ``vectors`` can make; return how many were."""
+    # made vectors fit rows as they are now, and none that is written from here on
+    newest = upgrading.index.version if vectors.is_made else None
+    sides = upgrading.sides(*upgrading.views())
+    total = int(np.count_nonzero(~sides.is_done))
+    total = total if max_rows is None else min(total, max_rows)
+    with progress("backfill", total, show=show_progress, unit="rows") as advance:
+        pieces = _Pieces(upgrading, order, rows_per_second, advance)
+        while max_rows is None or pieces.n < max_rows:
+            old, new = upgrading.views()
+            keys = upgrading.sides(old, new).keys
+            rows = pending_rows(order, upgrading, old, new, traffic=traffic, seed=seed)
+            if newest is not None:
+                rows = rows[keys.updated[rows] <= newest]
+            if vectors.is_made and len(rows):
+                rows = rows[vectors.has(old.ids(old.rows_of(keys.at(rows))))]
+            rows = rows[: _ROWS_AN_ORDER if max_rows is None else max_rows - pieces.n]
+            rows = rows[:_ROWS_AN_ORDER]
+            if not len(rows):
+                break
+            size = batch_size if rows_per_second is None else min(batch_size, rows_per_second)
+            size = max(1, int(size))
+            try:
+                for start in range(0, len(rows), size):
+                    some = keys.at(rows[start : start + size])
+                    table = old.snapshot.read(some.row_ids, vectors.columns)
+                    pieces.add(vectors(table), some)
+            finally:  # also when it is interrupted: what is made is kept
+                pieces.flush()
+        return pieces.n
+
+
+class _Pieces:
+    """Vectors on their way into the new index, which takes them some thousand at a time."""
+
+    def __init__(
+        self, upgrading: Upgrading, order: str, rows_per_second: float | None, advance: Any
+    ) -> None:
+        self.upgrading, self.advance = upgrading, advance
+        self.order, self.limit = order, rows_per_second
+        self.n = 0
+        self.held: list[tuple[Embeddings, Any]] = []
+        self.started = self.flushed = time.monotonic()
+
+    def add(self, vectors: Embeddings, keys: Any) -> None:
+        self.held.append((vectors, keys))
+        n_held = sum(len(one) for one, _ in self.held)
+        if self.limit is not None:
+            ahead = (self.n + n_held) / self.limit - (time.monotonic() - self.started)
+            time.sleep(max(0.0, ahead))
+        if n_held >= _ROWS_A_PIECE or time.monotonic() - self.flushed >= _S_A_PIECE:
+            self.flush()
+
+    def flush(self) -> None:
+        held, self.held = self.held, []
+        if not held:
+            return
+        new = self.upgrading.new
+        new.upsert(
+            Batch(
+                vectors,
+                payload={
+                    "of_row": keys.row_ids,
+                    "of_version": keys.updated,
+                    "bridged": np.zeros(len(vectors), np.bool_),
+                },
+            )
+            for vectors, keys in held
+        )
+        n = sum(len(vectors) for vectors, _ in held)
+        self.n += n
+        self.flushed = time.monotonic()
+        self.advance(n)
+        self._say_pace()
+        if len(new._store.snapshot.dataset.get_fragments()) > _FRAGMENTS:
+            with new._written() as store:
+                store.compact()
+
+    def _say_pace(self) -> None:
+        seconds = self.flushed - self.started
+        said = {"order": self.order, "rows": self.n, "seconds": seconds, "limit": self.limit}
+        with written_beside(self.upgrading.index.path / FOLDER / PACE) as scratch:
+            scratch.write_text(json.dumps(said) + "\n", encoding="utf-8")
+
+
+def pace(root: Path) -> dict[str, Any]:
+    """Return what the last backfill said of itself: nothing if there was none."""
+    try:
+        return json.loads((root / FOLDER / PACE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

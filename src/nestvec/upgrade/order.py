@@ -1,0 +1,107 @@
+"""In which order rows are re-embedded: what is asked for most, what the bridge misses most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestvec import _checks
+from nestvec.errors import DataError
+from nestvec.search.store.snapshot import as_matrix
+from nestvec.search.upgrading import Sides, Upgrading
+from nestvec.search.view import View
+from nestvec.space import Embeddings
+
+Order = Literal["traffic", "bridge_error", "random"]
+ORDERS = ("traffic", "bridge_error", "random")
+_MOST_KNOWN = 2000  # done rows that errors are predicted from
+_NEAREST = 10
+_AT_ONCE = 8192
+
+
+def pending_rows(
+    order: str,
+    upgrading: Upgrading,
+    old: View,
+    new: View,
+    *,
+    traffic: Mapping[Any, float] | None,
+    seed: int,
+) -> NDArray[np.int64]:
+    """Return the pending rows as positions in ``sides.keys``, those that pay most first.
+
+    ``"traffic"``: by how often their ids were asked for or returned, ``{id: count}``; those that
+    never were come last, at random. ``"bridge_error"``: by how far the bridge is expected to miss
+    them, which is the mean miss of the ten nearest rows that are done. ``"random"``: by seed.
+    """
+    sides = upgrading.sides(old, new)
+    pending = np.flatnonzero(~sides.is_done)
+    shuffled = np.random.default_rng(seed).permutation(pending)
+    if order == "random" or not len(pending):
+        return shuffled
+    if order == "traffic":
+        worth = _counts(old.ids(old.rows_of(sides.keys.at(shuffled))), traffic or {})
+    else:
+        worth = _expected_misses(upgrading, sides, old, new, shuffled)
+    return shuffled[np.argsort(-worth, kind="stable")]
+
+
+def check_order(order: str, traffic: Mapping[Any, float] | None) -> None:
+    """Raise `DataError` for an order that does not exist, or lacks what it goes by."""
+    if order not in ORDERS:
+        raise DataError(f"order {order!r} is not one of {', '.join(ORDERS)}.")
+    if (order == "traffic") != (traffic is not None):
+        raise DataError(
+            "the order traffic and the counts that it goes by, {id: count}, belong together: give "
+            "both, or neither."
+        )
+    for id_, count in (traffic or {}).items():
+        if not 0 <= count < np.inf:
+            raise DataError(f"traffic of id {id_!r} is {count}; a count is 0 or more.")
+
+
+def count_ids(ids: Iterable[Any]) -> dict[Any, float]:
+    """Count how often each id stands in a log of what was returned or asked for."""
+    counts: dict[Any, float] = {}
+    for one in ids:
+        counts[one] = counts.get(one, 0) + 1
+    return counts
+
+
+def _counts(ids: NDArray[Any], traffic: Mapping[Any, float]) -> NDArray[np.float64]:
+    return np.array([traffic.get(one, 0) for one in ids.tolist()], np.float64)
+
+
+def _expected_misses(
+    upgrading: Upgrading, sides: Sides, old: View, new: View, pending: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return for each pending row the mean miss of the done rows nearest to it, (n,)."""
+    known = np.flatnonzero(sides.is_done)
+    chosen = np.linspace(0, len(known) - 1, min(len(known), _MOST_KNOWN)).astype(int)
+    if not len(chosen):
+        raise DataError("the order bridge_error is learned from rows that are done; none are yet.")
+    vectors = vectors_of(new, sides.new_row[chosen])
+    bridged = upgrading.bridge.transform(Embeddings(vectors, upgrading.space)).array
+    there = _unit_old(old, sides.keys.row_ids[known[chosen]])
+    misses = 1 - np.einsum("ij,ij->i", _checks.normalise(bridged), there)
+    found = np.empty(len(pending), np.float64)
+    n_nearest = min(_NEAREST, len(chosen))
+    for start in range(0, len(pending), _AT_ONCE):
+        rows = slice(start, start + _AT_ONCE)
+        scores = _unit_old(old, sides.keys.row_ids[pending[rows]]) @ there.T
+        nearest = np.argpartition(-scores, n_nearest - 1, axis=1)[:, :n_nearest]
+        found[rows] = misses[nearest].mean(axis=1)
+    return found
+
+
+def _unit_old(old: View, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    return _checks.normalise(vectors_of(old, row_ids))
+
+
+def vectors_of(view: View, row_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Read the vectors of some rows of the record, (n, dim)."""
+    column = view.snapshot.read(row_ids, ["vector"])["vector"]
+    return as_matrix(column).astype(np.float32)
