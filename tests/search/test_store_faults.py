@@ -433,6 +433,33 @@ def test_what_a_crash_leaves_is_waste_and_goes_with_the_next_compaction(store):
     assert store_writer.held(store) == HELD
 
 
+@pytest.mark.parametrize("linked", [0, 1])
+def test_a_commit_of_several_versions_that_breaks_off_is_no_damage(store, monkeypatch, linked):
+    """What was written about versions that never came is not said of those with their numbers."""
+    for i in range(3):
+        store.append(store_writer.batch([800 + i], 1))
+    real, made = durable._link_manifests, []
+
+    def dies(folder, manifests):
+        made.extend(manifests)
+        real(folder, manifests[:linked])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "_link_manifests", dies)
+        with pytest.raises(KeyboardInterrupt):
+            store.compact()
+    assert len(made) == 2
+    store = Store.open(store.path)
+    store.append(store_writer.batch([900], 1))
+    report = store.check()
+    assert report.ok, report
+    assert not report.unverified
+    assert max(int(file.stem) for file in store.path.glob("checksums/*")) == store.version
+    store.compact()
+    assert store.check().ok
+
+
 # --- two at once ----------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from nestvec.search.generation import Generation
 from nestvec.search.planner import Planned
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Store, Written, durable
-from nestvec.search.store.incoming import gathered
+from nestvec.search.store.incoming import batches_of, gathered
 from nestvec.search.store.layout import Ids
 from nestvec.search.store.snapshot import as_matrix as as_vectors
 from nestvec.search.store.store import Moved
@@ -216,7 +216,8 @@ class Index:
     def _live_in(self, store: Store) -> None:
         """Read and write in the folder of a store from now on."""
         self._store = store
-        sizes = sorted({*self.space.nesting_dims, self.space.size})
+        space = store.layout.space
+        sizes = sorted({*space.nesting_dims, space.size})
         self._derived = Derived(store.path / "derived", sizes, show_progress=self.show_progress)
         self._view: View | None = None
         self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
@@ -232,7 +233,8 @@ class Index:
 
     @property
     def space(self) -> Space:
-        """The Space that all vectors live in."""
+        """The Space that all vectors live in; an upgrade that is finished changes it."""
+        self._follow()
         return self._store.layout.space
 
     @property
@@ -342,6 +344,7 @@ class Index:
         DataError
             If queries, filter or columns do not fit.
         """
+
         def ask() -> Hits:
             view = self._seen()
             upgrading = self._upgrading_to(queries, view)
@@ -648,8 +651,7 @@ class Index:
     ) -> NDArray[np.float32]:
         space = view.space
         if isinstance(queries, Embeddings):
-            if queries.space.space_id != space.space_id:
-                raise _other_space(space, queries.space, self.path)
+            _check_space(space, queries.space, self.path)
             queries = queries.array
         elif self._left is not None:
             raise SpaceMismatchError(
@@ -691,7 +693,8 @@ class Index:
             return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
         chosen = _as_plan(plan) if plan is not None else self.plan_stored
         if chosen is None:
-            chosen = Plan(Cascade([Stage(self.space.size, 10 if k is None else k)]))
+            size = self._store.layout.space.size
+            chosen = Plan(Cascade([Stage(size, 10 if k is None else k)]))
         return chosen if k is None else _returning(chosen, k)
 
     def _proven(self, recall: float, k: int | None) -> Plan:
@@ -733,9 +736,9 @@ class Index:
             return
         with self._lock:
             if self._store.is_moved():
-                old = self.space
+                old = self._store.layout.space
                 self._live_in(Store.open(self.path, durability=self._store.durability))
-                if self._left is None and old.space_id != self.space.space_id:
+                if self._left is None and old.space_id != self._store.layout.space.space_id:
                     self._left = old
 
     def _upgrading(self) -> Upgrading | None:
@@ -870,8 +873,7 @@ def _names(columns: str | Iterable[str]) -> list[str]:
 
 def _only_stamped(rows: Any, path: Path, left: Space) -> Iterator[Batch | Embeddings]:
     """Yield rows, and refuse vectors that do not say of which Space they are."""
-    one = isinstance(rows, (Batch, Embeddings)) or not isinstance(rows, Iterable)
-    for batch in [rows] if one else rows:
+    for batch in batches_of(rows):
         if not isinstance(getattr(batch, "vectors", batch), Embeddings):
             raise SpaceMismatchError(
                 f"{path} was upgraded while it was open here, and these vectors carry no stamp, so "
@@ -880,17 +882,16 @@ def _only_stamped(rows: Any, path: Path, left: Space) -> Iterator[Batch | Embedd
         yield batch
 
 
-def _other_space(space: Space, given: Space, path: Path) -> SpaceMismatchError:
+def _check_space(space: Space, given: Space, path: Path) -> None:
     try:
         space.check_same(given)
     except SpaceMismatchError as error:
-        said = str(error)
-    if space.fingerprint != given.fingerprint:
-        said += (
-            f" Or let the new model's queries search this index, as it is, through a bridge: "
-            f"nestvec upgrade start {path}."
-        )
-    return SpaceMismatchError(said)
+        if space.fingerprint == given.fingerprint:
+            raise
+        raise SpaceMismatchError(
+            f"{error} Or let the new model's queries search this index, as it is, through a "
+            f"bridge: nestvec upgrade start {path}."
+        ) from None
 
 
 def _is_whole(ids: Any) -> bool:

@@ -60,12 +60,16 @@ class Calibration:
 
 @dataclass(frozen=True)
 class State:
-    """What ``upgrade.json`` says; ``home`` is the folder of the index that is being left."""
+    """What ``upgrade.json`` says.
+
+    ``home`` is the folder of the index that is being left, ``column`` what is embedded of a row.
+    """
 
     home: str
     space: Space
     calibration: Calibration
     begun: str
+    column: str | None
 
     def save(self, file: Path) -> None:
         """Write the file; whoever calls this makes it durable."""
@@ -74,6 +78,7 @@ class State:
             "written_by": f"nestvec {__version__}",
             "home": self.home,
             "begun": self.begun,
+            "column": self.column,
             "calibration": asdict(self.calibration),
             "space": self.space.to_dict(),
         }
@@ -89,8 +94,13 @@ class State:
                     f"{file} was written by a newer nestvec ({found.get('written_by')}). "
                     f"Type: pip install --upgrade nestvec"
                 )
-            space = Space.from_dict(found["space"])
-            return cls(found["home"], space, Calibration(**found["calibration"]), found["begun"])
+            return cls(
+                home=found["home"],
+                space=Space.from_dict(found["space"]),
+                calibration=Calibration(**found["calibration"]),
+                begun=found["begun"],
+                column=found["column"],
+            )
         except (ValueError, KeyError, TypeError, SpaceError) as error:
             if isinstance(error, FileFormatError):
                 raise

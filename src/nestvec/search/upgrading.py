@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.index import Index
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Keys, Snapshot, Store, Written
+from nestvec.search.store.incoming import batches_of
 from nestvec.search.transition import BRIDGE, FOLDER, KEYS, NEW, STATE, State, home_name
 from nestvec.search.view import Mask, View
 from nestvec.space import Embeddings, Space
@@ -176,13 +177,9 @@ class Upgrading:
         return written
 
     def _old_rows(self, rows: Any, kept: list[Any], spool: Any) -> Iterator[Any]:
-        one = isinstance(rows, (Batch, Embeddings)) or not isinstance(rows, Iterable)
-        for batch in [rows] if one else rows:
+        for batch in batches_of(rows):
             vectors = getattr(batch, "vectors", batch)
-            if (
-                not isinstance(vectors, Embeddings)
-                or vectors.space.space_id != self.space.space_id
-            ):
+            if not isinstance(vectors, Embeddings) or vectors.space.space_id != self.space.space_id:
                 yield batch
                 continue
             batch = batch if isinstance(batch, Batch) else Batch(batch)

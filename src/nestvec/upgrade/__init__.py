@@ -1,4 +1,4 @@
-"""Change the model, keep the gallery: bridge two spaces, and judge whether it is safe to serve.
+"""Change the model, keep the gallery: bridge two spaces, judge it, and do it live.
 
 Bridges need scikit-learn and are imported when first used.
 """
@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestvec.upgrade.bridge import BRIDGES, fit
     from nestvec.upgrade.compatibility import CompatibilityMatrix, compatibility_matrix
+    from nestvec.upgrade.estimate import Estimate, estimate
     from nestvec.upgrade.judgement import AtSize, Judgement, judge
+    from nestvec.upgrade.live import Status, Upgrade
     from nestvec.upgrade.prefix import compatible_prefix
 
 _HOME = {
     "AtSize": "nestvec.upgrade.judgement",
     "BRIDGES": "nestvec.upgrade.bridge",
     "CompatibilityMatrix": "nestvec.upgrade.compatibility",
+    "Estimate": "nestvec.upgrade.estimate",
     "Judgement": "nestvec.upgrade.judgement",
+    "Status": "nestvec.upgrade.live",
+    "Upgrade": "nestvec.upgrade.live",
     "compatibility_matrix": "nestvec.upgrade.compatibility",
     "compatible_prefix": "nestvec.upgrade.prefix",
+    "estimate": "nestvec.upgrade.estimate",
     "fit": "nestvec.upgrade.bridge",
     "judge": "nestvec.upgrade.judgement",
 }
@@ -27,9 +33,13 @@ __all__ = [
     "BRIDGES",
     "AtSize",
     "CompatibilityMatrix",
+    "Estimate",
     "Judgement",
+    "Status",
+    "Upgrade",
     "compatibility_matrix",
     "compatible_prefix",
+    "estimate",
     "fit",
     "judge",
 ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from nestvec._atomic import written_beside
 from nestvec._progress import progress
-from nestvec.search.store import Batch
+from nestvec.search.store import Batch, Keys
 from nestvec.search.transition import FOLDER
 from nestvec.search.upgrading import Upgrading
 from nestvec.space import Embeddings
@@ -35,10 +35,10 @@ def backfill(
     vectors: NewVectors,
     *,
     order: str,
-    traffic: Mapping[Any, float] | None,
+    traffic: Mapping[Any, float | int] | None,
     seed: int,
     batch_size: int,
-    rows_per_second: float | None,
+    rows_per_second: float | int | None,
     max_rows: int | None,
     show_progress: bool,
 ) -> int:
@@ -74,19 +74,25 @@ def backfill(
         return pieces.n
 
 
+def piece(vectors: Embeddings, keys: Keys) -> Batch:
+    """Return rows as the new index takes them: each keyed to what its vector was made of."""
+    of = {"of_row": keys.row_ids, "of_version": keys.updated}
+    return Batch(vectors, payload={**of, "bridged": np.zeros(len(vectors), np.bool_)})
+
+
 class _Pieces:
     """Vectors on their way into the new index, which takes them some thousand at a time."""
 
     def __init__(
-        self, upgrading: Upgrading, order: str, rows_per_second: float | None, advance: Any
+        self, upgrading: Upgrading, order: str, rows_per_second: float | int | None, advance: Any
     ) -> None:
         self.upgrading, self.advance = upgrading, advance
         self.order, self.limit = order, rows_per_second
         self.n = 0
-        self.held: list[tuple[Embeddings, Any]] = []
+        self.held: list[tuple[Embeddings, Keys]] = []
         self.started = self.flushed = time.monotonic()
 
-    def add(self, vectors: Embeddings, keys: Any) -> None:
+    def add(self, vectors: Embeddings, keys: Keys) -> None:
         self.held.append((vectors, keys))
         n_held = sum(len(one) for one, _ in self.held)
         if self.limit is not None:
@@ -100,24 +106,14 @@ class _Pieces:
         if not held:
             return
         new = self.upgrading.new
-        new.upsert(
-            Batch(
-                vectors,
-                payload={
-                    "of_row": keys.row_ids,
-                    "of_version": keys.updated,
-                    "bridged": np.zeros(len(vectors), np.bool_),
-                },
-            )
-            for vectors, keys in held
-        )
+        new.upsert(piece(vectors, keys) for vectors, keys in held)
         n = sum(len(vectors) for vectors, _ in held)
         self.n += n
         self.flushed = time.monotonic()
         self.advance(n)
         self._say_pace()
-        if len(new._store.snapshot.dataset.get_fragments()) > _FRAGMENTS:
-            with new._written() as store:
+        with new._written() as store:
+            if len(store.snapshot.dataset.get_fragments()) > _FRAGMENTS:
                 store.compact()
 
     def _say_pace(self) -> None:

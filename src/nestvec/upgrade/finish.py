@@ -20,7 +20,6 @@ from nestvec.search.index import Index
 from nestvec.search.store import Batch, Store
 from nestvec.search.store.layout import point_to
 from nestvec.search.store.snapshot import as_matrix
-from nestvec.search.transition import tidy
 from nestvec.search.upgrading import Upgrading
 from nestvec.search.view import View
 from nestvec.space import Embeddings

@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +29,7 @@ from nestvec._atomic import sync_folder, written_beside
 from nestvec.errors import DataError, SpaceMismatchError, StorageError
 from nestvec.maps.base import FittedMap
 from nestvec.search.index import Index
-from nestvec.search.store import Batch, Store, durable
+from nestvec.search.store import Keys, Store, durable
 from nestvec.search.store.snapshot import as_matrix
 from nestvec.search.transition import (
     BRIDGE,
@@ -48,9 +47,11 @@ from nestvec.search.upgrading import Upgrading
 from nestvec.space import Embeddings, Space
 from nestvec.upgrade import backfill as filling
 from nestvec.upgrade import finish as finishing
+from nestvec.upgrade.bridge import fit
 from nestvec.upgrade.calibration import calibrate
-from nestvec.upgrade.order import Order, check_order
-from nestvec.upgrade.sources import NewVectors, Source
+from nestvec.upgrade.estimate import duration
+from nestvec.upgrade.order import check_order
+from nestvec.upgrade.sources import NewVectors, Source, check_column
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Status:
         if self.seconds_left is None:
             return f"{text}, {self.pending:,} are found through the bridge: backfill them."
         pace = f"{self.rows_per_second:,.0f} rows a second"
-        left = f"about {_duration(self.seconds_left)} at {pace}"
+        left = f"about {duration(self.seconds_left)} at {pace}"
         return f"{text}, {self.pending:,} are found through the bridge: {left}."
 
 
@@ -114,9 +115,7 @@ class Upgrade:
         self.index = index
 
     @classmethod
-    def open(
-        cls, index: Index | str | os.PathLike[str], *, show_progress: bool = False
-    ) -> Upgrade:
+    def open(cls, index: Index | str | os.PathLike[str], *, show_progress: bool = False) -> Upgrade:
         """Open the upgrade that is under way on an index.
 
         Raises
@@ -133,10 +132,11 @@ class Upgrade:
     def start(
         cls,
         index: Index | str | os.PathLike[str],
-        bridge: FittedMap,
         sample: Embeddings,
         *,
+        bridge: FittedMap | None = None,
         queries: Embeddings | None = None,
+        column: str | None = None,
         version: int | None = None,
         show_progress: bool = False,
     ) -> Upgrade:
@@ -146,14 +146,17 @@ class Upgrade:
         ----------
         index
             An `Index`, or the path of one.
-        bridge
-            From the new Space to that of the index, as `nestvec.upgrade.fit` makes it.
         sample : (n, dim_new)
             Rows of the index, by their ids, as the new model has them; 20 or more, best 2,000
             drawn at random. They are the first that are done, and scores are calibrated on them.
+        bridge
+            From the new Space to that of the index. By default `nestvec.upgrade.fit` makes one of
+            the sample, less a fifth of it where no ``queries`` are given.
         queries : (n_queries, dim_new), optional
             Of the new Space, to calibrate with; best real ones that the bridge was not fitted on.
-            By default the sample asks itself.
+            By default rows of the sample ask: the fifth that was held out, or all.
+        column
+            The payload column that is embedded, for `backfill`.
         version
             That of the index whose rows the sample was made of; rows that were written since are
             left out of it. By default the newest.
@@ -169,30 +172,29 @@ class Upgrade:
         """
         found = _opened(index, show_progress)
         _check_none(found)
-        _check_spaces(found, bridge, sample, queries)
+        _check_sample(found, sample, queries, column)
         found._refreshed()
         snapshot = found._store.snapshot
         row_ids = snapshot.rows_of(sample.ids)
-        old = as_matrix(snapshot.read(row_ids, ["vector"])["vector"]).astype(np.float32)
-        asked = sample if queries is None else queries
-        scale = calibrate(bridge, asked, sample, Embeddings(old, found.space, sample.ids))
+        stored = as_matrix(snapshot.read(row_ids, ["vector"])["vector"]).astype(np.float32)
+        old = Embeddings(stored, snapshot.layout.space, sample.ids)
+        if bridge is None:
+            held_out = np.arange(len(sample)) % 5 == 0
+            some = np.flatnonzero(~held_out) if queries is None else np.arange(len(sample))
+            bridge = fit(old=old[some], new=sample[some])
+            queries = sample[np.flatnonzero(held_out)] if queries is None else queries
+        _check_bridge(found, bridge, sample)
+        scale = calibrate(bridge, sample if queries is None else queries, sample, old)
         keys = snapshot.keys()
         order = np.argsort(keys.row_ids, kind="stable")
         updated = keys.updated[order[np.searchsorted(keys.row_ids, row_ids, sorter=order)]]
         true = np.flatnonzero(updated <= (snapshot.version if version is None else version))
-        first = Batch(
-            sample[true],
-            payload={
-                "of_row": row_ids[true],
-                "of_version": updated[true],
-                "bridged": np.zeros(len(true), np.bool_),
-            },
-        )
+        first = filling.piece(sample[true], Keys(row_ids[true], updated[true]))
         with found._written() as store, store.locked():
             tidy(store)
             _check_none(found)
             begun = datetime.now(UTC).isoformat(timespec="seconds")
-            state = State(home_name(store), sample.space, scale, begun)
+            state = State(home_name(store), sample.space, scale, begun, column)
             with written_beside(found.path / FOLDER) as scratch:
                 scratch.mkdir()
                 Store.create(
@@ -251,9 +253,9 @@ class Upgrade:
         source: Source,
         *,
         column: str | None = None,
-        order: Order | None = None,
-        traffic: Mapping[Any, float] | None = None,
-        rows_per_second: float | None = None,
+        order: str | None = None,
+        traffic: Mapping[Any, float | int] | None = None,
+        rows_per_second: float | int | None = None,
         max_rows: int | None = None,
         batch_size: int | None = None,
         seed: int = 0,
@@ -269,7 +271,7 @@ class Upgrade:
             values to vectors of it, one a row. Or `Embeddings`, made before, with the ids of the
             index, of its rows as they are now; rows that they lack stay pending.
         column
-            The payload column that is embedded.
+            The payload column that is embedded; by default the one that `start` was told.
         order
             ``"traffic"``: what is asked for most, by the counts in ``traffic``.
             ``"bridge_error"``: what the bridge is expected to miss most. ``"random"``. By default
@@ -299,8 +301,9 @@ class Upgrade:
             if value is not None and not value > 0:
                 raise DataError(f"{name} is {value}; more than 0, or None for no limit.")
         upgrading = self._under_way()
-        names = [one for one in self.index.schema.names if one not in ("id", "vector")]
-        vectors = NewVectors(source, column, upgrading.space, names)
+        if column is None and not isinstance(source, Embeddings):
+            column = upgrading.state.column
+        vectors = NewVectors(source, column, upgrading.space, self.index.schema.names)
         if batch_size is None:
             batch_size = 8192 if vectors.is_made else 256
         with self._alone():
@@ -378,7 +381,12 @@ class Upgrade:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the lock of the upgrade, which ends with the process."""
-        with (self.index.path / FOLDER / LOCK).open("rb") as handle:
+        try:
+            handle = (self.index.path / FOLDER / LOCK).open("rb")
+        except FileNotFoundError:
+            self._under_way()  # says that it is no more
+            raise
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -410,8 +418,8 @@ def _check_none(index: Index) -> None:
         )
 
 
-def _check_spaces(
-    index: Index, bridge: FittedMap, sample: Embeddings, queries: Embeddings | None
+def _check_sample(
+    index: Index, sample: Embeddings, queries: Embeddings | None, column: str | None
 ) -> None:
     if sample.space.space_id == index.space.space_id:
         raise DataError(
@@ -421,6 +429,11 @@ def _check_spaces(
         sample.space.check_same(queries.space)
     if not sample.has_ids:
         raise DataError("the sample needs ids, which say what rows of the index it is of.")
+    if column is not None:
+        check_column(column, index.schema.names)
+
+
+def _check_bridge(index: Index, bridge: FittedMap, sample: Embeddings) -> None:
     leads_to = bridge.transform(sample[:1]).space
     if leads_to.space_id != index.space.space_id:
         raise SpaceMismatchError(
@@ -428,9 +441,3 @@ def _check_spaces(
             f"{index.space.label}. Fit one on Embeddings: nestvec.upgrade.fit(old=, new=), with "
             f"old ones of the index."
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from nestvec.search.upgrading import Sides, Upgrading
 from nestvec.search.view import View
 from nestvec.space import Embeddings
 
-Order = Literal["traffic", "bridge_error", "random"]
 ORDERS = ("traffic", "bridge_error", "random")
 _MOST_KNOWN = 2000  # done rows that errors are predicted from
 _NEAREST = 10
@@ -28,7 +27,7 @@ def pending_rows(
     old: View,
     new: View,
     *,
-    traffic: Mapping[Any, float] | None,
+    traffic: Mapping[Any, float | int] | None,
     seed: int,
 ) -> NDArray[np.int64]:
     """Return the pending rows as positions in ``sides.keys``, those that pay most first.
@@ -49,7 +48,7 @@ def pending_rows(
     return shuffled[np.argsort(-worth, kind="stable")]
 
 
-def check_order(order: str, traffic: Mapping[Any, float] | None) -> None:
+def check_order(order: str, traffic: Mapping[Any, float | int] | None) -> None:
     """Raise `DataError` for an order that does not exist, or lacks what it goes by."""
     if order not in ORDERS:
         raise DataError(f"order {order!r} is not one of {', '.join(ORDERS)}.")
@@ -71,7 +70,7 @@ def count_ids(ids: Iterable[Any]) -> dict[Any, float]:
     return counts
 
 
-def _counts(ids: NDArray[Any], traffic: Mapping[Any, float]) -> NDArray[np.float64]:
+def _counts(ids: NDArray[Any], traffic: Mapping[Any, float | int]) -> NDArray[np.float64]:
     return np.array([traffic.get(one, 0) for one in ids.tolist()], np.float64)
 
 

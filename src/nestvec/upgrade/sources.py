@@ -15,6 +15,17 @@ from nestvec.space import Embeddings, Space
 Source = Encoder | Embeddings | Callable[[list[Any]], ArrayLike | Embeddings]
 
 
+def check_column(column: str | None, names: list[str]) -> None:
+    """Raise `DataError` unless a column is one of the payload."""
+    payload = [name for name in names if name not in ("id", "vector")]
+    if column not in payload:
+        said = ", ".join(payload) or "none, so embed its rows into a file and give that"
+        raise DataError(
+            f"column {column!r} is not one that the index keeps beside its vectors; which of them "
+            f"holds what is embedded? There are: {said}."
+        )
+
+
 class NewVectors:
     """New vectors of rows of an index.
 
@@ -28,12 +39,10 @@ class NewVectors:
     space
         The new Space; what comes is of it, or said to be by being an array.
     names
-        The payload columns that there are.
+        The columns of the index.
     """
 
-    def __init__(
-        self, source: Source, column: str | None, space: Space, names: list[str]
-    ) -> None:
+    def __init__(self, source: Source, column: str | None, space: Space, names: list[str]) -> None:
         self.source, self.column, self.space = source, column, space
         self.is_made = isinstance(source, Embeddings)
         if isinstance(source, Embeddings):
@@ -45,12 +54,7 @@ class NewVectors:
         else:
             if isinstance(source, Encoder):
                 space.check_same(source.space)
-            if column is None or column not in names:
-                said = ", ".join(names) or "none, so re-embed into a file and give that"
-                raise DataError(
-                    f"column {column!r} is not one that the index keeps beside its vectors; which "
-                    f"of them holds what is embedded? There are: {said}."
-                )
+            check_column(column, names)
 
     @property
     def columns(self) -> list[str]:
@@ -68,7 +72,11 @@ class NewVectors:
         ids = np.array(table["id"].to_pylist())
         if isinstance(self.source, Embeddings):
             return self.source[self.source.rows_of(ids)]
-        values = table[self.column].to_pylist()
+        return self.of(ids, table[self.column].to_pylist())
+
+    def of(self, ids: NDArray[Any], values: list[Any]) -> Embeddings:
+        """Embed the values of the column."""
+        assert not isinstance(self.source, Embeddings)
         if isinstance(self.source, Encoder):
             return self.source.encode(values, ids=ids, show_progress=False)
         made = self.source(values)

@@ -130,6 +130,7 @@ def publish(
     try:
         with storage_errors(folder):
             _clear(desk)
+            _settle_checksums(folder, version, power=power)
             newest = manifest_path(record, version)
             os.link(newest, manifest_path(desk, version))
             commit(lance.dataset(str(desk)))
@@ -208,6 +209,24 @@ def write_checksums(
     if power:
         _sync(fresh)
     return fresh.replace(target)
+
+
+def _settle_checksums(folder: Path, version: int, *, power: bool) -> None:
+    """Take over what a writer that was killed wrote about versions after the newest.
+
+    Their numbers are given again, and then two files would speak of one manifest. It may have put
+    the first of several in place, so what is said of files that are there still holds.
+    """
+    early = [file for file in (folder / _SUMS).glob("*.sha256") if int(file.stem) > version]
+    if not early:
+        return
+    sums = {}
+    for file in early:
+        sums |= read_checksums(folder, int(file.stem))
+    sums = {file: said for file, said in sums.items() if file.exists()}
+    write_checksums(folder, version, sums | read_checksums(folder, version), power=power)
+    for file in early:
+        file.unlink()
 
 
 def fold_checksums(folder: Path, version: int, *, power: bool) -> None:

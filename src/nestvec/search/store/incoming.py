@@ -27,6 +27,13 @@ class Incoming:
     ids: Any
 
 
+def batches_of(rows: Any) -> Iterable[Any]:
+    """Return what is one batch, or many, as many; what cannot be iterated is one, too."""
+    if isinstance(rows, Iterable) and not isinstance(rows, (Batch, Embeddings)):
+        return rows
+    return [rows]
+
+
 @contextlib.contextmanager
 def gathered(rows: Any, layout: Layout, folder: Path) -> Iterator[Incoming | None]:
     """Yield the rows checked, or None if there are none; those that are checked as they are.
@@ -46,8 +53,7 @@ def gathered(rows: Any, layout: Layout, folder: Path) -> Iterator[Incoming | Non
         spool = tempfile.TemporaryFile(dir=folder)
     with spool:
         writer = pa.ipc.new_stream(spool, layout.schema)
-        # what cannot be iterated is no rows either: the layout says so
-        for number, batch in enumerate(rows if isinstance(rows, Iterable) else [rows]):
+        for number, batch in enumerate(batches_of(rows)):  # the layout says what is none
             try:
                 table = layout.table(batch)
             except DataError as error:

@@ -1,0 +1,125 @@
+"""An upgrade that is killed at any moment leaves an index that is whole, and nothing is lost."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import upgrade_writer as w
+from upgrade_writer import IDS, begin, create, embed, queries, row
+
+from nestvec.search.index import Index
+from nestvec.upgrade import Upgrade
+
+WRITER = str(Path(__file__).with_name("upgrade_writer.py"))
+
+
+def start(*words):
+    return subprocess.Popen(
+        [sys.executable, WRITER, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+
+def looked_at(path, known, step, seen=()):
+    """Compare an index with what was acknowledged; return what it holds."""
+    index = Index.open(path)
+    found = w.model_of(index), w.held(index)
+    if step is not None and found != known[:2]:
+        known = w.applied(known, step, seen)
+    assert found == known[:2], f"with {step} in flight"
+    model, rows, bridged, done = known
+    ids = list(rows)
+    stored = dict(zip(ids, index.get(ids, columns=["vector"])["vector"].to_pylist(), strict=True))
+    for i in set(ids) - bridged:
+        np.testing.assert_array_equal(stored[i], row(model, i, rows[i]))
+    upgrade = w.begun_upgrade(index)
+    in_flight = None if step is None else step["does"]
+    if upgrade is None:
+        assert done is None or in_flight == "rollback"
+        done = None
+    else:
+        true = true_vectors(upgrade)
+        assert done is not None or in_flight == "start"
+        assert set(true) >= (done or set()) - (set(step["ids"]) if step else set())
+        if in_flight not in ("backfill", "fill", "upsert", "start"):
+            assert set(true) == done
+        for i, vector in true.items():
+            np.testing.assert_array_equal(vector, row(model + 1, i, rows[i]))
+        assert upgrade.status().done == len(true)
+        hits = index.search(queries(model + 1), IDS)
+        assert sorted(hits.ids[0][hits.ids[0] >= 0].tolist()) == sorted(rows)
+        done = set(true)
+    assert index.check()["ok"]
+    hits = index.search(queries(model), columns=["text"])
+    w.assert_true(hits, queries(model), model)
+    return model, rows, bridged, done
+
+
+def true_vectors(upgrade):
+    """Id to new vector, of the rows that are done."""
+    upgrading = upgrade.index._upgrading()
+    old, new = upgrading.views()
+    sides = upgrading.sides(old, new)
+    ids = old.ids(old.rows_of(sides.keys.at(np.flatnonzero(sides.is_done)))).tolist()
+    if not ids:
+        return {}
+    found = upgrading.new.get(ids, columns=["vector"])["vector"].to_pylist()
+    return dict(zip(ids, found, strict=True))
+
+
+def killed_again_and_again(path, kills):
+    create(path)
+    known = 0, dict.fromkeys(range(IDS), 0), set(), None
+    dice = random.Random(0)
+    steps = []
+    with start("kills", path) as writer, start("watches", path) as watcher:
+        assert writer.stdin
+        assert writer.stdout
+        assert watcher.stdout
+        assert watcher.stdout.readline() == "open\n"
+        for seed in range(1, kills + 1):
+            writer.stdin.write(f"{seed} {dice.uniform(0, 1500)}\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "killed\n"
+            step = None
+            for line in map(json.loads, Path(f"{path}.log").read_text().splitlines()):
+                if "begin" in line:
+                    step = line["begin"]
+                    steps.append(step["does"])
+                elif "done" in line:
+                    known, step = w.applied(known, step, line["seen"]), None
+            known = looked_at(path, known, step)
+        assert watcher.poll() is None
+        out, _ = watcher.communicate("end\n")
+        writer.stdin.close()
+    answers, models = json.loads(out)
+    assert answers > kills
+    assert models > 1
+    assert {"start", "backfill", "finish", "rollback", "upsert"} <= set(steps)
+    index = Index.open(path)
+    if known[3] is None:
+        begin(index)
+    upgrade = Upgrade.open(index)
+    upgrade.backfill(embed(known[0] + 1), column="text")
+    upgrade.finish()
+    assert w.held(index) == known[1]
+    # nothing is left of what was interrupted
+    assert sorted(p.name[:5] for p in index.path.iterdir()) == ["home-", "nestv"]
+
+
+def test_killed_upgrades_lose_nothing_and_leave_nothing_behind(tmp_path):
+    killed_again_and_again(tmp_path / "x.nest", 15)
+
+
+@pytest.mark.slow
+def test_two_hundred_killed_upgrades_lose_nothing(tmp_path):
+    killed_again_and_again(tmp_path / "x.nest", 200)

@@ -1,0 +1,615 @@
+"""An index under upgrade answers both models, loses nothing, and is always whole: old or new."""
+
+import hashlib
+import time
+
+import numpy as np
+import pytest
+import upgrade_writer as w
+from upgrade_writer import IDS, batch, begin, bridge, create, embed, queries, space, vectors
+
+import nestvec as nv
+from nestvec.errors import (
+    DataError,
+    FileFormatError,
+    PlanError,
+    SpaceMismatchError,
+    StorageError,
+)
+from nestvec.search import transition
+from nestvec.search.index import Index
+from nestvec.upgrade import Upgrade, finish
+
+# a thread that fails is a test that fails
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def index(tmp_path):
+    return create(tmp_path / "x.nest")
+
+
+@pytest.fixture
+def upgrade(index):
+    return begin(index)
+
+
+def fill(upgrade, **options):
+    model = int(upgrade.space.model.removeprefix("model-"))
+    return upgrade.backfill(embed(model), column="text", **options)
+
+
+def by_hand(index, model, asked, done, bridge, scale, passes):
+    """Score all rows, each by its own rule, and sort: (id, score) pairs a query."""
+    rows = {i: value for i, value in w.held(index).items() if passes(i)}
+    old_asked = bridge.transform(asked).array
+    answers = []
+    for new_query, old_query in zip(asked.array, old_asked, strict=True):
+        scored = []
+        for i, value in rows.items():
+            if i in done:
+                score = w.row(model, i, value) @ new_query
+            else:
+                score = scale.slope * (w.row(model - 1, i, value) @ old_query) + scale.offset
+            scored.append((i, score))
+        answers.append(sorted(scored, key=lambda pair: -pair[1]))
+    return answers
+
+
+def done_ids(upgrade):
+    """What the new index holds that is true, found the slow way."""
+    upgrading = upgrade.index._upgrading()
+    new, old = upgrading.new, upgrade.index
+    table = new.get(
+        [i for i in w.held(old) if i in _ids(new)], columns=["id", "of_row", "of_version"]
+    )
+    snapshot = old._store.snapshot
+    keys = dict(zip(*(k.tolist() for k in snapshot.keys()), strict=True))
+    return {row["id"] for row in table.to_pylist() if keys.get(row["of_row"]) == row["of_version"]}
+
+
+def _ids(index):
+    index._refreshed()
+    snapshot = index._store.snapshot
+    return set(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
+
+
+def assert_as_by_hand(upgrade, k=10, filter=None, passes=lambda i: True):
+    index = upgrade.index
+    model = w.model_of(index) + 1
+    asked = queries(model)
+    hits = index.search(asked, k, filter=filter, columns=["text"])
+    wanted = by_hand(
+        index, model, asked, done_ids(upgrade), upgrade.bridge, upgrade.calibration, passes
+    )
+    for found, true, texts in zip(hits, wanted, hits.payload, strict=True):
+        assert len(found) == min(k, len(true))
+        np.testing.assert_allclose(
+            [score for _, score in found], [score for _, score in true[:k]], atol=1e-5
+        )
+        ids = [i for i, _ in found]
+        assert len(set(ids)) == len(ids), "a row twice"
+        true_scores = dict(true)
+        for (i, score), text in zip(found, texts["text"].to_pylist(), strict=True):
+            assert true_scores[i] == pytest.approx(score, abs=1e-5)
+            assert text.split()[0] == str(i)
+    return hits
+
+
+# --- searching ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [None, "graph(ef=300) 16:int8@200 > 16@10"])
+def test_old_and_new_rows_are_scored_each_by_its_rule_and_merged(index, plan):
+    if plan:
+        index.set_plan(plan)
+    upgrade = begin(index)
+    for more in (0, 40, 70):
+        if more:
+            assert fill(upgrade, max_rows=more) == more
+        assert_as_by_hand(upgrade)
+        assert_as_by_hand(upgrade, k=IDS + 5)
+        assert_as_by_hand(upgrade, k=4, filter="id % 3 = 0", passes=lambda i: i % 3 == 0)
+    fill(upgrade)
+    hits = assert_as_by_hand(upgrade)
+    every = vectors(1, range(IDS), 0)
+    np.testing.assert_array_equal(
+        hits.ids, np.argsort(-(queries(1).array @ every.array.T), axis=1)[:, :10]
+    )
+
+
+def test_a_row_is_found_by_what_was_written_last(index, upgrade):
+    fill(upgrade, max_rows=50)
+    done = sorted(done_ids(upgrade))
+    index.upsert(batch(0, done[:5], 1))  # their new vectors are void
+    assert upgrade.status().done == 105
+    assert_as_by_hand(upgrade)
+    index.delete(done[5:9])
+    assert upgrade.status().rows == IDS - 4
+    assert_as_by_hand(upgrade)
+    index.add(batch(0, done[5:6], 2))  # an id that comes back is another row
+    assert done[5] not in done_ids(upgrade)
+    assert_as_by_hand(upgrade)
+    index.compact()
+    assert_as_by_hand(upgrade)
+    assert fill(upgrade) == upgrade.status().done - 101
+    assert_as_by_hand(upgrade)
+
+
+def test_queries_of_the_old_space_are_answered_as_before(index):
+    index.set_plan("graph(ef=50) 16:int8@40 > 16@10")
+    before = index.search(queries(0))
+    upgrade = begin(index)
+    for _ in range(2):
+        hits = Index.open(index.path).search(queries(0))
+        np.testing.assert_array_equal(hits.ids, before.ids)
+        np.testing.assert_array_equal(hits.scores, before.scores)
+        fill(upgrade)
+
+
+def test_one_query_and_many_find_the_same(index, upgrade):
+    fill(upgrade, max_rows=60)
+    asked = queries(1, 70)
+    many = index.search(asked, 5)
+    for row in (0, 33, 69):
+        one = index.search(asked[row : row + 1], 5)
+        np.testing.assert_array_equal(one.ids[0], many.ids[row])
+
+
+def test_answers_say_what_each_side_did(index, upgrade):
+    said = index.search(queries(1), 3).explain(1)
+    assert [stage["stage"] for stage in said["stages"]] == ["16@3", "new 24@3"]
+    assert [stage["rows_scored"] for stage in said["stages"]] == [IDS - 60, 60]
+
+
+def test_text_ids_work_alike(tmp_path):
+    ids = [f"row {i}" for i in range(IDS)]
+    old = nv.Embeddings(vectors(0, range(IDS), 0).array, space(0), ids)
+    new = nv.Embeddings(vectors(1, range(IDS), 0).array, space(1), ids)
+    index = Index.create(tmp_path / "x.nest", old, durability="process")
+    upgrade = Upgrade.start(index, new[np.arange(30)])
+    upgrade.backfill(new, order="traffic", traffic={"row 100": 3, "row 7": 9, "gone": 5})
+    assert upgrade.status().pending == 0
+    assert upgrade.finish() == IDS
+    np.testing.assert_array_equal(
+        index.search(new[np.arange(5)], 1).ids[:, 0], [f"row {i}" for i in range(5)]
+    )
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_new_space_may_be_written(index, upgrade):
+    index.upsert(batch(1, [3, 150], 5))
+    index.add(
+        nv.Embeddings(vectors(1, [9], 6).array, space(1), [7777]),
+        payload={"text": ["9 6"]},
+    )
+    status = upgrade.status()
+    assert (status.rows, status.done, status.bridged) == (IDS + 1, 60 - 1 + 2 + 1, 3)
+    # their own vectors find them
+    hits = index.search(vectors(1, [3, 150], 5), 1)
+    np.testing.assert_array_equal(hits.ids[:, 0], [3, 150])
+    np.testing.assert_allclose(hits.scores, 1, atol=1e-6)
+    # and for old queries they are where the bridge puts them
+    bridged = upgrade.bridge.transform(vectors(1, [3], 5))
+    stored = np.array(index.get([3])["vector"].to_pylist())
+    np.testing.assert_allclose(stored, bridged.array, atol=1e-6)
+    assert sorted(upgrade.rollback().tolist()) == [3, 150, 7777]
+    assert len(index) == IDS + 1
+
+
+def test_one_write_may_bring_rows_of_both_spaces(index, upgrade):
+    done = index.upsert(iter([batch(0, [1, 2], 4), batch(1, [3, 4], 4), batch(0, [5], 4)]))
+    assert done.updated == 5
+    assert {3, 4} <= done_ids(upgrade)
+    assert not {1, 2, 5} & done_ids(upgrade)
+    assert upgrade.status().bridged == 2
+    assert_as_by_hand(upgrade)
+
+
+def test_a_write_that_is_refused_writes_to_neither_side(index, upgrade):
+    versions = index.version, index._upgrading().new.version
+    with pytest.raises(DataError, match="id 3 exists"):
+        index.add(batch(1, [3], 5))
+    with pytest.raises(DataError, match="payload"):
+        index.upsert(vectors(1, [3], 5))
+    with pytest.raises(SpaceMismatchError):
+        index.upsert(batch(2, [3], 5))
+    assert (index.version, index._upgrading().new.version) == versions
+
+
+# --- backfilling ----------------------------------------------------------------------------------
+
+
+def asked_for(upgrade, **options):
+    """The ids in the order in which they are embedded."""
+    seen = []
+
+    def noted(texts):
+        seen.extend(int(text.split()[0]) for text in texts)
+        return embed(1)(texts)
+
+    upgrade.backfill(noted, column="text", **options)
+    return seen
+
+
+def test_by_traffic_what_is_asked_for_most_comes_first(upgrade):
+    traffic = {i: (i * 37) % 101 for i in range(60, 160)} | {3: 10**6, 12345: 10**6}
+    seen = asked_for(upgrade, order="traffic", traffic=traffic, batch_size=16)
+    assert sorted(seen) == list(range(60, IDS))  # the sample was done before
+    counts = [traffic.get(i, 0) for i in seen]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_at_random_the_seed_says_the_order(tmp_path):
+    orders = []
+    for n, seed in enumerate((1, 1, 2)):
+        upgrade = begin(create(tmp_path / f"{n}.nest"))
+        orders.append(asked_for(upgrade, seed=seed))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == list(range(60, IDS))
+
+
+def test_by_bridge_error_what_is_missed_most_comes_first(tmp_path):
+    """Rows of one corner of the space are bridged at random, the others without error."""
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(300, 16))
+    corner = rng.permutation(300)[:90]
+    array[corner, 0] += 12
+    old = nv.Embeddings(nv_unit(array), space(0), range(300))
+    new = nv_unit(array @ np.linalg.qr(rng.normal(size=(16, 16)))[0])
+    new[corner] += rng.normal(size=(90, 16)) / 2
+    other = nv.Space.declared("turned", dim=16)
+    new = nv.Embeddings(nv_unit(new), other, range(300))
+    index = Index.create(tmp_path / "x.nest", old, durability="process")
+    fitted = w.ProcrustesBridge().fit(new, old)
+    upgrade = Upgrade.start(index, new[rng.permutation(300)[:100]], bridge=fitted)
+    before = done_ids_of(upgrade)
+    upgrade.backfill(new, order="bridge_error", max_rows=50)
+    chosen = done_ids_of(upgrade) - before
+    assert len(chosen & set(corner.tolist())) > 45
+
+
+def nv_unit(array):
+    return w.normalise(array.astype(np.float32))
+
+
+def done_ids_of(upgrade):
+    upgrading = upgrade.index._upgrading()
+    return _ids(upgrading.new)
+
+
+def test_a_rate_is_kept(upgrade):
+    started = time.monotonic()
+    assert fill(upgrade, rows_per_second=100, max_rows=60) == 60
+    assert 0.5 < time.monotonic() - started < 3
+    status = upgrade.status()
+    assert status.rows_per_second is not None
+    assert status.rows_per_second <= 105
+    assert status.seconds_left == pytest.approx(80 / status.rows_per_second)
+    assert "through the bridge: about 1 s at" in status.sentence
+
+
+def test_what_was_made_is_kept_when_the_source_fails_or_is_interrupted(upgrade):
+    for error in (ValueError, KeyboardInterrupt):
+        calls = []
+
+        def failing(texts, error=error, calls=calls):
+            calls.append(texts)
+            if len(calls) == 3:
+                raise error
+            return embed(1)(texts)
+
+        before = upgrade.status().done
+        with pytest.raises(error):
+            upgrade.backfill(failing, column="text", batch_size=10)
+        assert upgrade.status().done == before + 20
+        assert not upgrade.status().running
+    assert_as_by_hand(upgrade)
+
+
+def test_rows_that_change_while_they_are_embedded_are_embedded_again(index, upgrade):
+    def slow(texts):
+        if index.version == 2:
+            Index.open(index.path).upsert(batch(0, [100, 199], 1))
+        return embed(1)(texts)
+
+    assert upgrade.backfill(slow, column="text", batch_size=500) == IDS - 60 + 2
+    assert upgrade.status().pending == 0
+    hits = index.search(vectors(1, [100, 199], 1), 1)
+    np.testing.assert_array_equal(hits.ids[:, 0], [100, 199])
+
+
+def test_vectors_that_are_made_are_for_rows_as_they_were(index, upgrade):
+    """Those that are written meanwhile have other texts; those that are not in the file wait."""
+    made = vectors(1, range(150), 0)
+    assert upgrade.backfill(made) == 90
+    assert upgrade.status().pending == 50
+    assert_as_by_hand(upgrade)
+
+
+def test_many_pieces_are_joined(index, upgrade, monkeypatch):
+    monkeypatch.setattr("nestvec.upgrade.backfill._S_A_PIECE", 0)
+    monkeypatch.setattr("nestvec.upgrade.backfill._FRAGMENTS", 5)
+    fill(upgrade, batch_size=10)
+    store = index._upgrading().new._store
+    store.refresh()
+    assert len(store.snapshot.dataset.get_fragments()) <= 6
+    assert_as_by_hand(upgrade)
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def files(path):
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in path.rglob("*")
+        if p.is_file() and "readers" not in p.parts
+    }
+
+
+def test_a_rollback_leaves_every_byte_as_it_was(index):
+    before = index.search(queries(0)), files(index.path)
+    upgrade = begin(index)
+    fill(upgrade, max_rows=50)
+    index.search(queries(1))
+    assert len(upgrade.rollback()) == 0
+    after = index.search(queries(0))
+    np.testing.assert_array_equal(after.ids, before[0].ids)
+    np.testing.assert_array_equal(after.scores, before[0].scores)
+    assert files(index.path) == before[1]
+    with pytest.raises(SpaceMismatchError, match="nestvec upgrade start"):
+        index.search(queries(1))
+    with pytest.raises(StorageError, match="no upgrade"):
+        upgrade.status()
+    begin(index)  # and it can be begun again
+
+
+def test_what_is_finished_is_an_index_of_the_new_space(index, upgrade):
+    reader, writer = Index.open(index.path), Index.open(index.path)
+    reader.search(queries(0))
+    index.delete([4, 60])
+    index.upsert(batch(0, [7], 3))
+    fill(upgrade)
+    assert upgrade.finish() == IDS - 2
+    assert [p.name for p in sorted(index.path.iterdir())] == [
+        index._store.path.name,
+        "nestvec.json",
+    ]
+    fresh = Index.open(index.path)
+    for one in (index, reader, fresh):
+        assert one.space == space(1)
+        table = one.get(sorted(w.held(one)), columns=["id", "text", "vector"])
+        assert len(table) == IDS - 2
+        for row in table.to_pylist():
+            i, value = map(int, row["text"].split())
+            assert row["id"] == i
+            assert value == (3 if i == 7 else 0)
+            np.testing.assert_array_equal(row["vector"], vectors(1, [i], value).array[0])
+        np.testing.assert_array_equal(one.search(queries(1)).ids, index.search(queries(1)).ids)
+    with pytest.raises(SpaceMismatchError, match="two spaces"):
+        reader.search(queries(0))
+    with pytest.raises(SpaceMismatchError, match="carry no stamp"):
+        reader.search(np.ones((1, 24)))
+    with pytest.raises(SpaceMismatchError, match="carry no stamp"):
+        writer.upsert(np.ones((1, 24)), ids=[3], payload={"text": ["3 0"]})
+    with pytest.raises(SpaceMismatchError, match="two spaces"):
+        writer.upsert(batch(0, [3], 1))
+    assert fresh.search(np.ones((1, 24))).ids.shape == (1, 10)
+    writer.upsert(batch(1, [3], 1))
+    writer.delete([8])
+    assert writer.check()["ok"]
+    assert len(reader) == IDS - 3
+
+
+def test_an_upgraded_index_can_be_upgraded_again(index):
+    for model in (1, 2, 3):
+        upgrade = begin(index)
+        assert_as_by_hand(upgrade)
+        fill(upgrade)
+        upgrade.finish()
+        assert index.space == space(model)
+        index.compact()
+        assert sorted(p.name[:5] for p in index.path.iterdir()) == ["home-", "nestv"]
+    hits = Index.open(index.path).search(vectors(3, [1, 2], 0), 1)
+    np.testing.assert_array_equal(hits.ids[:, 0], [1, 2])
+
+
+def test_float16_and_payload_stay_what_they_are(tmp_path):
+    index = Index.create(
+        tmp_path / "x.nest",
+        batch(0, range(50), 0),
+        precision="float16",
+        durability="process",
+    )
+    upgrade = begin(index)
+    fill(upgrade)
+    upgrade.finish()
+    assert index.schema.field("vector").type.value_type == "halffloat"
+    assert index.stats()["precision"] == "float16"
+    assert index.get([3], columns=["text"])["text"].to_pylist() == ["3 0"]
+
+
+def test_rows_without_a_new_vector_are_dropped_only_if_told(index, upgrade):
+    with pytest.raises(DataError, match=r"140 of 200 rows have no new vector"):
+        upgrade.finish()
+    assert upgrade.finish(drop_pending=True) == 60
+    assert set(w.held(Index.open(index.path))) == set(range(60))
+
+
+def test_a_writer_that_waits_for_the_end_writes_nothing_to_what_is_left(index, upgrade):
+    """It has checked its rows for the old Space, and waits for the lock."""
+    fill(upgrade)
+    other = Index.open(index.path)
+    begun = other._store
+    upgrade.finish()
+    with pytest.raises(StorageError, match="was upgraded to another space"):
+        begun.append(batch(0, [100], 9))
+    with pytest.raises(StorageError, match="was upgraded to another space"):
+        begun.delete([100])
+    assert len(index) == IDS
+
+
+@pytest.mark.parametrize("broken", ["point_to", "tidy", "create", "search"])
+def test_a_finish_that_broke_off_is_completed_by_the_next(index, upgrade, monkeypatch, broken):
+    fill(upgrade)
+
+    def dies(*words, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if broken == "create":
+            patched.setattr(finish.Store, "create", dies)
+        elif broken == "search":
+            patched.setattr(Index, "_seen", dies)
+        else:
+            patched.setattr(
+                f"nestvec.upgrade.{'live' if broken == 'tidy' else 'finish'}.{broken}", dies
+            )
+        with pytest.raises(KeyboardInterrupt):
+            upgrade.finish()
+    again = Index.open(index.path)
+    assert again.space == space(1 if broken == "tidy" else 0)
+    assert again.check()["ok"]
+    hits = again.search(queries(1))
+    if broken == "tidy":
+        again.compact()
+    else:
+        Upgrade.open(again).finish()
+    np.testing.assert_array_equal(again.search(queries(1)).ids, hits.ids)
+    assert sorted(p.name[:5] for p in index.path.iterdir()) == ["home-", "nestv"]
+    assert again.space == space(1)
+
+
+def test_a_rollback_that_broke_off_leaves_no_upgrade(index, upgrade, monkeypatch):
+    fill(upgrade)
+
+    def dies(*words, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nestvec.upgrade.live.shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            upgrade.rollback()
+    with pytest.raises(SpaceMismatchError):
+        Index.open(index.path).search(queries(1))
+    assert (index.path / "upgrade" / "new").is_dir()
+    assert begin(index).status().done == 60  # nothing of the first one is left
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_third_space_is_refused_during_an_upgrade(index, upgrade):
+    with pytest.raises(SpaceMismatchError, match="two spaces"):
+        index.search(queries(2))
+
+
+@pytest.mark.parametrize(
+    "how", [{"plan": "16@10"}, {"dims": 16}, {"cascade": "16@10"}, {"recall": 0.9}]
+)
+def test_a_plan_is_not_chosen_for_two_kinds_of_rows(index, upgrade, how):
+    with pytest.raises(PlanError, match="is being upgraded"):
+        index.search(queries(1), **how)
+
+
+def test_there_is_one_upgrade_at_a_time(index, upgrade):
+    with pytest.raises(StorageError, match=r"to model-1 .* is under way"):
+        begin(Index.open(index.path))
+
+
+def test_without_an_upgrade_there_is_none_to_open(index):
+    with pytest.raises(StorageError, match=r"no upgrade of .* is under way"):
+        Upgrade.open(index.path)
+
+
+def test_a_bridge_has_to_lead_to_the_index(index):
+    sample = vectors(1, range(60), 0)
+    with pytest.raises(SpaceMismatchError, match="fitted on"):
+        Upgrade.start(index, sample, bridge=bridge(2))
+    unstamped = w.ProcrustesBridge().fit(np.eye(24), np.eye(24)[:, :16])
+    with pytest.raises(nv.errors.SpaceError):
+        Upgrade.start(index, sample, bridge=unstamped)
+    other = w.ProcrustesBridge().fit(
+        sample, nv.Embeddings(vectors(0, range(60), 0).array, nv.Space.declared("z", dim=16))
+    )
+    with pytest.raises(SpaceMismatchError, match="the index is of model-0"):
+        Upgrade.start(index, sample, bridge=other)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (lambda: vectors(0, range(60), 0), "nothing to upgrade"),
+        (lambda: nv.Embeddings(vectors(1, range(60), 0).array, space(1)), "needs ids"),
+        (
+            lambda: nv.Embeddings(vectors(1, range(60), 0).array, space(1), range(9970, 10030)),
+            "unknown id",
+        ),
+        (lambda: vectors(1, range(10), 0), "too few"),
+        (
+            lambda: nv.Embeddings(vectors(1, range(60), 77).array[::-1], space(1), range(60)),
+            "say nothing",
+        ),
+    ],
+    ids=["same space", "no ids", "unknown ids", "few", "noise"],
+)
+def test_a_sample_has_to_be_of_rows(index, sample, said):
+    with pytest.raises(DataError, match=said):
+        Upgrade.start(index, sample(), bridge=bridge(1))
+    assert not (index.path / "upgrade").exists()
+
+
+def test_rows_written_since_a_sample_was_read_are_left_out(index):
+    sample, version = w.sample_of(index, 1), index.version
+    index.upsert(batch(0, [5, 6], 1))
+    upgrade = Upgrade.start(index, sample, bridge=bridge(1), version=version)
+    assert upgrade.status().done == 58
+    assert not {5, 6} & done_ids(upgrade)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        (embed(1), {"column": "body"}, "'body' is not one"),
+        (embed(1), {}, "None is not one"),
+        (embed(1), {"column": "text", "order": "best"}, "'best' is not one of traffic"),
+        (embed(1), {"column": "text", "order": "traffic"}, "belong together"),
+        (embed(1), {"column": "text", "traffic": {3: -1}}, "a count is 0 or more"),
+        (embed(1), {"column": "text", "rows_per_second": 0}, "more than 0"),
+        (embed(0), {"column": "text"}, "dims"),
+        (lambda texts: embed(1)(texts)[1:], {"column": "text"}, "vectors for"),
+        (lambda texts: embed(1)(texts) * np.nan, {"column": "text"}, "NaN"),
+        (vectors(0, range(9), 0), {}, "two spaces"),
+        (vectors(1, range(9), 0), {"column": "text"}, "need no column"),
+        (nv.Embeddings(vectors(1, range(9), 0).array, space(1)), {}, "need the ids"),
+    ],
+)
+def test_a_backfill_says_what_does_not_fit(upgrade, source, options, said):
+    with pytest.raises((DataError, SpaceMismatchError), match=said):
+        upgrade.backfill(source, **options)
+    assert upgrade.status().done == 60
+
+
+def test_one_process_at_a_time_works_on_an_upgrade(index, upgrade):
+    other = Upgrade.open(index.path)
+
+    def busy(texts):
+        assert other.status().running
+        for work in (other.finish, other.rollback):
+            with pytest.raises(StorageError, match="another process works on"):
+                work()
+        return embed(1)(texts)
+
+    upgrade.backfill(busy, column="text")
+    assert not other.status().running
+
+
+def test_a_damaged_state_is_named(index, upgrade):
+    (index.path / transition.STATE).write_text("{")
+    again = Index.open(index.path)
+    again.search(queries(0))
+    with pytest.raises(FileFormatError, match=r"upgrade.json is damaged"):
+        again.search(queries(1))

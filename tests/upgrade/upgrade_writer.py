@@ -1,0 +1,272 @@
+"""Vectors of models that know the same things in other words; a process to be killed in an upgrade.
+
+Run as ``upgrade_writer.py MODE PATH ...``; it imports once and forks, so that killing it is cheap.
+"""
+
+import functools
+import json
+import os
+import select
+import signal
+import sys
+import time
+import warnings
+
+import numpy as np
+import pyarrow as pa
+
+import nestvec as nv
+from nestvec._checks import normalise
+from nestvec.maps import ProcrustesBridge
+from nestvec.search.index import Index
+from nestvec.search.store import Batch
+from nestvec.upgrade import Upgrade
+
+IDS = 200
+PAYLOAD = pa.schema([("text", pa.string())])
+_LATENT = 12
+_DIMS = (16, 24)
+
+
+@functools.cache
+def space(model):
+    """The Space of model 0, 1, ...; each upgrade leads to the next."""
+    return nv.Space.declared(f"model-{model}", dim=_DIMS[model % 2])
+
+
+@functools.cache
+def _table(model, value):
+    meaning = np.random.default_rng(value).normal(size=(IDS, _LATENT))
+    words = np.random.default_rng([7, model])
+    dim = space(model).dim
+    own = np.random.default_rng([model, value]).normal(size=(IDS, dim))
+    rows = meaning @ words.normal(size=(_LATENT, dim)) + 0.7 * own
+    return normalise(rows.astype(np.float32))
+
+
+def vectors(model, ids, value):
+    """The vectors that a model gives to rows while their value is that."""
+    return nv.Embeddings(_table(model, value)[np.asarray(ids)], space(model), np.asarray(ids))
+
+
+def row(model, i, value):
+    return _table(model, value)[i]
+
+
+def texts(ids, value):
+    return [f"{i} {value}" for i in ids]
+
+
+def batch(model, ids, value):
+    return Batch(vectors(model, ids, value), payload={"text": texts(ids, value)})
+
+
+def queries(model, n=7):
+    meaning = np.random.default_rng(99).normal(size=(n, _LATENT))
+    dim = space(model).dim
+    rows = meaning @ np.random.default_rng([7, model]).normal(size=(_LATENT, dim))
+    return nv.Embeddings(normalise(rows.astype(np.float32)), space(model))
+
+
+def embed(model):
+    """A function from texts to a model's vectors."""
+
+    def vectors_of(some):
+        pairs = [tuple(map(int, text.split())) for text in some]
+        return np.stack([_table(model, value)[i] for i, value in pairs])
+
+    return vectors_of
+
+
+def create(path, n=IDS, durability="process"):
+    index = Index.create(path, space(0), id_type="int", payload=PAYLOAD, durability=durability)
+    if n:
+        index.add(batch(0, list(range(n)), 0))
+    return index
+
+
+def bridge(model):
+    """From a model's Space to that of the one before it."""
+    old, new = (np.concatenate([_table(m, v) for v in range(900, 906)]) for m in (model - 1, model))
+    return ProcrustesBridge().fit(
+        nv.Embeddings(new, space(model)), nv.Embeddings(old, space(model - 1))
+    )
+
+
+def held(index):
+    """Id to value, of the record."""
+    index._refreshed()
+    snapshot = index._store.snapshot
+    rows = snapshot.read(snapshot.keys().row_ids, ["id", "text"])
+    values = (int(text.split()[1]) for text in rows["text"].to_pylist())
+    return dict(zip(rows["id"].to_pylist(), values, strict=True))
+
+
+def model_of(index):
+    return int(index.space.model.removeprefix("model-"))
+
+
+def sample_of(index, model, n=60):
+    rows = dict(list(held(index).items())[:n])
+    array = np.stack([_table(model, value)[i] for i, value in rows.items()])
+    return nv.Embeddings(array, space(model), list(rows))
+
+
+def begin(index, **options):
+    new = model_of(index) + 1
+    return Upgrade.start(index, sample_of(index, new), bridge=bridge(new), **options)
+
+
+# --- to be killed ---------------------------------------------------------------------------------
+
+
+def say(log, words):
+    os.write(log, (json.dumps(words) + "\n").encode())
+
+
+def begun_upgrade(index):
+    return Upgrade(index) if index._upgrading() is not None else None
+
+
+def choose(index, upgrade, rng, value):
+    """What to do next: a step that can be told, and applied to what is known by `applied`."""
+    rows = list(held(index))
+    model = model_of(index)
+    if upgrade is None:
+        does = rng.choice(["start", "start", "upsert", "delete"])
+    elif upgrade.status().pending:
+        does = rng.choice(["backfill", "backfill", "fill", "upsert", "delete", "rollback"])
+    else:
+        does = rng.choice(["finish", "finish", "upsert", "rollback"])
+    step = {"does": str(does), "value": value, "model": model, "ids": []}
+    if does == "upsert":
+        # odd values are of the new model, so that who reads can tell them
+        new = upgrade is not None and rng.integers(2)
+        step |= {"model": model + 1, "value": value + 1} if new else {}
+        step["ids"] = [int(i) for i in rng.permutation(IDS)[: rng.choice([1, 30])]]
+    elif does == "delete" and len(rows) > IDS // 2:
+        step["ids"] = [int(i) for i in rng.permutation(rows)[: rng.choice([1, 20])]]
+    elif does == "start":
+        step["ids"] = sorted(sample_of(index, model).ids.tolist())
+    return step
+
+
+def do(index, upgrade, step):
+    """Do it, and return the ids that were embedded."""
+    seen = []
+
+    def noted(texts):
+        seen.extend(int(text.split()[0]) for text in texts)
+        return embed(step["model"] + 1)(texts)
+
+    if step["does"] == "upsert":
+        index.upsert(batch(step["model"], step["ids"], step["value"]))
+    elif step["does"] == "delete":
+        index.delete(step["ids"])
+    elif step["does"] == "start":
+        begin(index)
+    elif step["does"] == "rollback":
+        upgrade.rollback()
+    elif step["does"] == "finish":
+        upgrade.finish()
+    else:
+        some = 30 if step["does"] == "backfill" else None
+        upgrade.backfill(noted, column="text", max_rows=some, batch_size=10)
+    return seen
+
+
+def applied(known, step, seen):
+    """What is known after a step: model, rows {id: value}, of which bridged, of which done."""
+    model, rows, bridged, done = known
+    ids = set(step["ids"])
+    if step["does"] == "upsert":
+        rows = rows | dict.fromkeys(step["ids"], step["value"])
+        new = step["model"] > model
+        bridged = bridged | ids if new else bridged - ids
+        done = done if done is None else done | ids if new else done - ids
+    elif step["does"] == "delete":
+        rows = {i: value for i, value in rows.items() if i not in ids}
+        bridged, done = bridged - ids, done if done is None else done - ids
+    elif step["does"] == "start":
+        done = ids
+    elif step["does"] == "rollback":
+        done = None
+    elif step["does"] == "finish":
+        model, bridged, done = model + 1, set(), None
+    else:
+        done = done | set(seen)
+    return model, rows, bridged, done
+
+
+def write_for_ever(path, seed, log):
+    rng = np.random.default_rng(seed)
+    index = Index.open(path, durability=["power", "process"][seed % 2])
+    say(log, {"open": index.version})
+    for value in range(seed * 1000, (seed + 1) * 1000, 2):
+        upgrade = begun_upgrade(index)
+        step = choose(index, upgrade, rng, value)
+        say(log, {"begin": step})
+        say(log, {"done": value, "seen": do(index, upgrade, step)})
+
+
+def kills(path):
+    """For every line ``seed ms`` fork a writer and kill it after as many milliseconds."""
+    for line in sys.stdin:
+        seed, ms = line.split()
+        log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        pid = forked(lambda seed=int(seed), log=log: write_for_ever(path, seed, log))
+        while not os.fstat(log).st_size:
+            time.sleep(0.001)
+        time.sleep(float(ms) / 1000)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        os.close(log)
+        said = "killed" if os.WIFSIGNALED(status) else f"ended by itself: {status}"
+        sys.stdout.write(f"{said}\n")
+        sys.stdout.flush()
+
+
+def forked(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def watches(path):
+    """Search by the model of the index until told to end; say how many answers, and models."""
+    index = Index.open(path)
+    model, n, models = model_of(index), 0, set()
+    sys.stdout.write("open\n")
+    sys.stdout.flush()
+    while not select.select([sys.stdin], [], [], 0.01)[0]:  # the others are to come to something
+        asked = queries(model)
+        try:
+            hits = index.search(asked, columns=["text"])
+        except nv.errors.SpaceMismatchError:
+            model += 1  # an upgrade was finished: then the next model is answered
+            asked = queries(model)
+            hits = index.search(asked, columns=["text"])
+        assert_true(hits, asked, model)
+        models.add(model)
+        n += 1
+    sys.stdout.write(json.dumps([n, len(models)]) + "\n")
+
+
+def assert_true(hits, asked, model):
+    """Scores are those of the vectors that a row has by what is said of it."""
+    for query, found, texts in zip(asked.array, hits, hits.payload, strict=True):
+        assert len({i for i, _ in found}) == len(found)
+        for (i, score), text in zip(found, texts["text"].to_pylist(), strict=True):
+            own, value = map(int, text.split())
+            assert own == i
+            if value % 2 == 0:
+                np.testing.assert_allclose(score, row(model, i, value) @ query, atol=1e-5)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "lance is not fork-safe")  # nothing of Lance runs before
+    {mode.__name__: mode for mode in (kills, watches)}[sys.argv[1]](*sys.argv[2:])
