@@ -282,19 +282,28 @@ class Index:
 
         Raises `DataError` for an id that does not exist.
         """
-        self._refreshed()
-        snapshot = self._store.snapshot
-        return snapshot.read(snapshot.rows_of(ids), _names(columns))
+
+        def read() -> Any:
+            self._refreshed()
+            snapshot = self._store.snapshot
+            return snapshot.read(snapshot.rows_of(ids), _names(columns))
+
+        return self._steadily(read)
 
     def embeddings(self) -> Embeddings:
         """Return every row of the newest version, in memory, with its id; an empty one raises."""
-        self._refreshed()
-        blocks = [rows.columns for rows in self._store.snapshot.scan(("id", "vector"))]
-        if not blocks:
-            raise DataError(f"{self.path} holds no rows.")
-        vectors = [as_vectors(block["vector"]).astype(np.float32) for block in blocks]
-        ids = [one for block in blocks for one in block["id"].to_pylist()]
-        return Embeddings(np.concatenate(vectors), self.space, ids)
+
+        def read() -> Embeddings:
+            self._refreshed()
+            snapshot = self._store.snapshot
+            blocks = [rows.columns for rows in snapshot.scan(("id", "vector"))]
+            if not blocks:
+                raise DataError(f"{self.path} holds no rows.")
+            vectors = [as_vectors(block["vector"]).astype(np.float32) for block in blocks]
+            ids = [one for block in blocks for one in block["id"].to_pylist()]
+            return Embeddings(np.concatenate(vectors), snapshot.layout.space, ids)
+
+        return self._steadily(read)
 
     def search(
         self,
@@ -368,16 +377,7 @@ class Index:
             hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
             return hits if columns is None else _with_payload(hits, view, _names(columns))
 
-        before = self._store, self._upgrade
-        try:
-            return ask()
-        except Exception:
-            # an upgrade may have been finished, or taken back, and its files be gone
-            self._follow()
-            self._upgrading()
-            if before == (self._store, self._upgrade):
-                raise
-            return ask()
+        return self._steadily(ask)
 
     # --- plans ----------------------------------------------------------------------------------
 
@@ -729,6 +729,18 @@ class Index:
                 if self._writer is not None and self._writer.version < self._store.version:
                     self._writer = None
                 self._writing.release()
+
+    def _steadily(self, work: Callable[[], Any]) -> Any:
+        """Do something: once more if an upgrade ended meanwhile, and its files may be gone."""
+        before = self._store, self._upgrade
+        try:
+            return work()
+        except Exception:
+            self._follow()
+            self._upgrading()
+            if before == (self._store, self._upgrade):
+                raise
+            return work()
 
     def _follow(self) -> None:
         """Go to the folder where the index lives now, if an upgrade of it was finished."""
