@@ -69,9 +69,7 @@ def kept(
 
     ``folder`` is for whatever ``make`` wants to find again after a kill.
     """
-    text = json.dumps({**recipe, "code": code}, sort_keys=True)
-    label = "-".join(str(recipe[key]) for key in ("dataset", "method", "seed") if key in recipe)
-    place = _frame.cache_folder(name) / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    label, place = _place(name, recipe, code)
     file = place.with_suffix(".npz")
     if not file.is_file():
         print(f"  {label} ...", flush=True)
@@ -84,6 +82,19 @@ def kept(
         print(f"  {label}: {float(found['seconds']):.0f} s", flush=True)
     with np.load(file, allow_pickle=False) as stored:
         return dict(stored)
+
+
+def is_kept(name: str, recipe: Mapping[str, Any], *, code: str = CLASSIFIES) -> bool:
+    """Return whether `kept` would make nothing."""
+    return _place(name, recipe, code)[1].with_suffix(".npz").is_file()
+
+
+def _place(name: str, recipe: Mapping[str, Any], code: str) -> tuple[str, Path]:
+    text = json.dumps({**recipe, "code": code}, sort_keys=True)
+    keys = ("dataset", "method", "seed", "step")
+    label = "-".join(str(recipe[key]) for key in keys if key in recipe)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return label, _frame.cache_folder(name) / f"{label}-{digest}"
 
 
 class Task(nn.Module):
@@ -134,13 +145,13 @@ def train(
     return time.perf_counter() - started
 
 
-def side_by_side(jobs: list[Callable[[], Any]]) -> None:
-    """Run jobs in two processes of one thread each, which two cores do faster than one of two."""
+def side_by_side(jobs: Sequence[Callable[[], Any]], *, n_processes: int = 2) -> None:
+    """Run jobs in processes of one thread each: two cores do that faster than one job of two."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started below
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
+        with ProcessPoolExecutor(n_processes, mp_context=context) as pool:
             for done in as_completed([pool.submit(_quietly, job) for job in jobs]):
                 done.result()
     finally:

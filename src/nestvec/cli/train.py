@@ -32,6 +32,8 @@ Examples:
 
   nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4   (see nestvec lora)
 
+  nestvec train text pairs.jsonl -o new-model --compatible-with old-model/   (keeps its gallery)
+
   torchrun --nproc-per-node 2 -m nestvec train text pairs.jsonl -o my-model
 """
 
@@ -43,6 +45,10 @@ Examples:
   nestvec train image cifar10.npz -o my-model --epochs 15  (x_train, y_train, x_test, y_test)
 
   nestvec train image photos/ -o my-model --network microsoft-resnet/   (a transformers folder)
+
+  nestvec train image photos/ -o new --compatible-with old/ --compatible oca   (keeps its gallery)
+
+  nestvec train image photos/ -o first --objective simplex --capacity 500   (room for 500 classes)
 
   nestvec embed photos/ -o v.safetensors --model my-model
 """
@@ -101,6 +107,17 @@ LoraRank = Annotated[
         show_default=False,
     ),
 ]
+CompatibleWith = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of an older model whose gallery is to be kept: the prefix of the new vectors "
+        "is trained to live in its space.",
+        show_default=False,
+    ),
+]
+ExtraDims = Annotated[
+    int, typer.Option(min=0, help="Dims behind those of the older model, for what is new.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget an earlier training in OUTPUT.")]
 
 
@@ -147,6 +164,8 @@ def text(
             "like 1. For a good model and few examples.",
         ),
     ] = 0.0,
+    compatible_with: CompatibleWith = None,
+    extra_dims: ExtraDims = 32,
     weights: Weights = "uniform",
     freeze_layers: Annotated[
         int, typer.Option(min=0, help="Transformer layers, from the bottom, left as they are.")
@@ -209,6 +228,8 @@ def text(
             validation=held_out,
             holdout=holdout,
             keep=keep,
+            compatible_with=_folder(compatible_with),
+            extra_dims=extra_dims,
             weights=_weights(weights),
             freeze_layers=freeze_layers,
             lora=_lora(lora_rank),
@@ -254,11 +275,28 @@ def image(
     ] = None,
     holdout: Holdout = None,
     objective: Annotated[
-        str, typer.Option(help="cross_entropy or supervised_contrastive.")
+        str,
+        typer.Option(
+            help="cross_entropy, supervised_contrastive, or simplex: later models can put each "
+            "class where it was."
+        ),
     ] = "cross_entropy",
     tied: Annotated[
         bool, typer.Option("--tied", help="MRL-E: one classifier, cut to every size.")
     ] = False,
+    compatible_with: CompatibleWith = None,
+    compatible: Annotated[
+        str, typer.Option(help="How, with --compatible-with: oca, bt2, bct or simplex.")
+    ] = "oca",
+    extra_dims: ExtraDims = 32,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Of the objective simplex: classes there will ever be.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Weights = "uniform",
     shift: Annotated[
         int, typer.Option(min=0, help="Augmentation: shift by up to so many pixels.")
@@ -312,6 +350,10 @@ def image(
             holdout=0.1 if holdout is None else holdout,
             objective=objective,
             tied=tied,
+            compatible_with=_folder(compatible_with),
+            compatible=compatible,
+            extra_dims=extra_dims,
+            capacity=capacity,
             weights=_weights(weights),
             augment=ShiftAndFlip(shift, flip=flip) if shift or flip else None,
             lora=_lora(lora_rank),
@@ -330,6 +372,10 @@ def _lora(rank: int | None) -> Any:
     from nestvec.train import Lora
 
     return Lora(rank=rank)
+
+
+def _folder(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _weights(given: str) -> Any:

@@ -28,15 +28,16 @@ def orthogonal_linear(dim: int) -> nn.Linear:
 class ChangedBasis(nn.Module):
     """Rows of a backbone as an older model's numbers first, and what is new behind them (BT2).
 
-    From ``h``, the backbone's rows, come ``p = h[:dim]`` and ``o = linear(relu(h))``, of ``extra``
-    numbers, both at length 1. The row is ``[o, scale * P p]`` with its first ``old_dim`` numbers
-    turned by Q: P and Q are orthogonal, so nothing of ``p`` is lost, and the loss decides what of
-    it, and of ``o``, the old model's numbers are read from.
+    A linear map of the backbone's rows gives ``h``, of ``dim + old_dim`` numbers. From it come
+    ``p = h[:dim]`` and ``o = linear(relu(h))``, of ``extra`` numbers, both at length 1. The row is
+    ``[o, scale * P p]`` with its first ``old_dim`` numbers turned by Q: P and Q are orthogonal, so
+    nothing of ``p`` is lost, and the loss decides what of it, and of ``o``, the old model's numbers
+    are read from.
 
     Parameters
     ----------
     in_dim
-        Size of the backbone's rows, at least ``dim`` (published: ``dim + old_dim``).
+        Size of the backbone's rows.
     old_dim
         Size of the old model.
     dim
@@ -55,16 +56,16 @@ class ChangedBasis(nn.Module):
         self, in_dim: int, old_dim: int, dim: int, *, extra: int = 32, scale: float | int = 2.0
     ) -> None:
         super().__init__()
-        if not 1 <= dim <= in_dim or not 1 <= extra <= old_dim <= dim + extra:
+        if min(dim, extra) < 1 or not extra <= old_dim <= dim + extra:
             raise DimensionError(
-                f"a change of basis from {in_dim} dims to {dim} + {extra}, of which the first "
-                f"{old_dim} are the old model's, does not fit: dim <= in_dim and extra <= old_dim "
-                f"<= dim + extra."
+                f"a change of basis to {dim} + {extra} dims, of which the first {old_dim} are the "
+                f"old model's, does not fit: 1 <= extra <= old_dim <= dim + extra."
             )
         self.in_dim, self.old_dim, self.dim = in_dim, old_dim, dim
         self.extra, self.scale = extra, float(scale)
         self.out_features = dim + extra
-        self.added = nn.Linear(in_dim, extra)
+        self.features = wider_linear(in_dim, dim + old_dim)
+        self.added = nn.Linear(dim + old_dim, extra)
         self.new_basis = orthogonal_linear(dim)
         self.old_basis = orthogonal_linear(old_dim)
 
@@ -74,14 +75,14 @@ class ChangedBasis(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Return (n, dim + extra) for the backbone's rows (n, in_dim)."""
         with torch.autocast(rows.device.type, enabled=False):  # in half precision none is a basis
-            rows = rows.to(self.added.weight.dtype)
+            rows = self.features(rows.to(self.added.weight.dtype))
             added = F.normalize(self.added(rows.relu()), dim=-1)
             new = F.normalize(rows[:, : self.dim], dim=-1)
             both = torch.cat([added, self.scale * self.new_basis(new)], dim=-1)
             return torch.cat([self.old_basis(both[:, : self.old_dim]), both[:, self.old_dim :]], -1)
 
     def new_part(self, rows: Tensor) -> Tensor:
-        """Return what the backbone said, ``p`` (n, dim) at length 1, from rows of this layer."""
+        """Return ``p`` (n, dim), at length 1, from rows of this layer."""
         old = rows[:, : self.old_dim] @ self.old_basis.weight  # the inverse is the transpose
         both = torch.cat([old, rows[:, self.old_dim :]], dim=-1)
         return both[:, self.extra :] @ self.new_basis.weight / self.scale
@@ -89,6 +90,7 @@ class ChangedBasis(nn.Module):
     def fixed(self) -> ChangedBasis:
         """Return a copy of plain weights, for use and for disks."""
         made = ChangedBasis(**self.settings())
+        made.features.load_state_dict(self.features.state_dict())
         made.added.load_state_dict(self.added.state_dict())
         for name in ("new_basis", "old_basis"):
             weight = getattr(self, name).weight.detach()

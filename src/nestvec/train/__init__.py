@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from nestvec.train.synthesis import Synthetic, sample_documents, synthesize
     from nestvec.train.teacher import CrossEncoderTeacher, score_pairs
     from nestvec.train.text import train_text
+    from nestvec.train.wider_text import widened
 
 _HOME = {
     "CrossEncoderTeacher": "nestvec.train.teacher",
@@ -85,6 +86,7 @@ _HOME = {
     "train_image_text": "nestvec.train.image_text",
     "train_queries": "nestvec.train.query_side",
     "train_text": "nestvec.train.text",
+    "widened": "nestvec.train.wider_text",
 }
 
 __all__ = [
@@ -144,6 +146,7 @@ __all__ = [
     "train_image_text",
     "train_queries",
     "train_text",
+    "widened",
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nestvec._atomic import written_beside
+from nestvec.space import Space
 
 
 def declare_dims(folder: Path, dims: Sequence[int]) -> None:
@@ -20,7 +21,7 @@ def declare_dims(folder: Path, dims: Sequence[int]) -> None:
 
 
 def size_table(metrics: Mapping[str, float], dims: Sequence[int]) -> str:
-    """Return a Markdown table, a row a size, of metrics called ``name@dim``.
+    """Return a Markdown table, a row a size, of metrics called ``name@dim``, as far as they go.
 
     >>> print(size_table({"spearman@8": 0.5, "spearman@16": 0.625}, [8, 16]))
     | dim | bytes a vector | spearman |
@@ -31,11 +32,15 @@ def size_table(metrics: Mapping[str, float], dims: Sequence[int]) -> str:
     names = list(dict.fromkeys(key.rpartition("@")[0] for key in metrics))
     head = ["dim", "bytes a vector", *names]
     rows = [
-        [str(dim), str(4 * dim), *(f"{metrics[f'{name}@{dim}']:.3f}" for name in names)]
+        [str(dim), str(4 * dim), *(_shown(metrics.get(f"{name}@{dim}")) for name in names)]
         for dim in dims
     ]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def write_card(
@@ -49,10 +54,20 @@ def write_card(
     trained_on: str,
     settings: Mapping[str, Any],
     usage: str,
+    compatible_with: Space | None = None,
 ) -> None:
     """Write README.md, a model card as the hub reads it."""
     table = size_table(metrics, dims) if metrics else "Not measured: no validation data was given."
     how = "\n".join(f"- {key}: {value}" for key, value in settings.items() if value is not None)
+    old = ""
+    if compatible_with is not None:
+        old = f"""
+## Compatible with an older model
+
+The first {compatible_with.size} numbers of a vector, L2-normalised, were trained to live in the
+space of {compatible_with.label}. `nestvec.upgrade.compatible_prefix(vectors)` makes queries for
+its gallery of them; whether they are good enough is for `nestvec.upgrade` to say, on your data.
+"""
     text = f"""---
 library_name: {library}
 tags: [{library}, nestvec, matryoshka, embeddings]
@@ -74,7 +89,7 @@ A nested (Matryoshka) embedding model: every prefix of its vectors at the sizes
 ## Use
 
 {usage}
-
+{old}
 ## Training
 
 {how}

@@ -3,8 +3,8 @@
 What is old stays in the gallery; queries of the new model, cut to the old size, are searched in it.
 The old model is known by its vectors of the new training data alone, so it may be any model.
 
-All losses are added up over sizes, as the Matryoshka loss is: the compatible terms over the sizes
-of the old model that are asked for, so that an old gallery that was cut is met, too.
+Losses are added up over sizes, as the Matryoshka loss is: the compatible terms over the sizes of
+the old model that are asked for, so that an old gallery that was cut is met, too.
 """
 
 from __future__ import annotations
@@ -231,11 +231,12 @@ class BasisTransformation(nn.Module):
     Parameters
     ----------
     basis
-        The layer that made the rows: the network's last.
+        The layer that made the rows: the network's last, whose weights are trained with it.
     head
         Classifiers of ``p``.
     classes
-        Where the old model puts each class; the last two terms are added up over its sizes.
+        Where the old model puts each class. The last two terms are means over its sizes, beside one
+        classifier of one size.
     lambdas
         Weights, published: 1, 10, 5. Without ``independent`` the first is without use.
 
@@ -262,12 +263,18 @@ class BasisTransformation(nn.Module):
                 f"a change of basis to {basis.dim} dims, {basis.old_dim} of them old, does not fit "
                 f"classifiers of {head.dims[-1]} dims and old vectors of {classes.dim}."
             )
-        self.basis, self.head, self.classes = basis, head, classes
+        self._basis = (basis,)  # a part of the network, not of this: nothing is saved twice
+        self.head, self.classes = head, classes
         self.lambdas = _three(lambdas)
         self.loss = _cross_entropy(weights, label_smoothing)
 
     def extra_repr(self) -> str:
-        return f"lambdas={self.lambdas}"
+        return f"basis=({self.basis.extra_repr()}), lambdas={self.lambdas}"
+
+    @property
+    def basis(self) -> ChangedBasis:
+        """The network's last layer."""
+        return self._basis[0]
 
     def forward(
         self,
@@ -279,8 +286,9 @@ class BasisTransformation(nn.Module):
         like_new, told, like_old = self.lambdas
         new = self.basis.new_part(rows)
         loss = self.loss(self.head(new), labels)
-        loss = loss + told * self.classes.cross_entropy(rows, labels)
-        loss = loss + like_old * _apart(rows, _given(old), self.classes.dims)
+        compatible = told * self.classes.cross_entropy(rows, labels)
+        compatible = compatible + like_old * _apart(rows, _given(old), self.classes.dims)
+        loss = loss + compatible / len(self.classes.dims)
         if independent is None:
             return loss
         return loss + like_new * _apart(new, independent, (self.basis.dim,))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestvec.corpus.examples import Examples
+from nestvec.encoders.base import Encoder, Role
 from nestvec.errors import DataError, DimensionError
 from nestvec.space import parse_dims
 from nestvec.train.objectives import InfoNCE, NestedLoss, cut
@@ -110,3 +113,58 @@ class WithOld(nn.Module):
         place = rows.long().to(self.old[0].device)
         old = [column[place].to(rows.device, torch.float32) for column in self.old]
         return self.objective(*columns, old=old)
+
+
+class OldTexts:
+    """The old model, as far as a training on pairs of texts asks for it.
+
+    Parameters
+    ----------
+    compatible_with
+        A text model's name or folder, or an encoder.
+    kind
+        Of the examples, which have to be pairs or triplets.
+    objective
+        What the user wants in place of the usual loss; there is no place for it here.
+    lora
+        Nor for an adapter, which would not hold the layer that makes room.
+    """
+
+    def __init__(self, compatible_with: Any, kind: str, objective: Any, lora: Any) -> None:
+        if kind not in ("pairs", "triplets"):
+            raise DataError(f"compatible_with is for pairs and triplets, and these are {kind}.")
+        if objective is not None:
+            raise DataError(
+                "compatible_with brings its own objective, so objective= has no place: hand "
+                "CompatiblePairs to SentenceTransformerLoss to make your own of both."
+            )
+        if lora is not None:
+            raise DataError(
+                "a LoRA adapts what is there, and a compatible model gets a layer more: train it "
+                "without lora=."
+            )
+        if isinstance(compatible_with, Encoder):
+            self.encoder: Encoder = compatible_with
+        else:
+            from nestvec.encoders import TextEncoder
+
+            self.encoder = TextEncoder(compatible_with)
+        self.space = self.encoder.space
+        if self.space.metric == "dot" and not self.space.has_unit_rows:
+            raise DataError(
+                f"{self.space.label} is compared by dot products of unnormalised vectors, whose "
+                f"lengths no prefix at length 1 can hold."
+            )
+        self.dims = tuple(sorted({*self.space.nesting_dims, self.space.size}))
+
+    def encode(self, texts: Sequence[str], role: Role) -> Tensor:
+        """Return the old vectors (n, old_dim) of texts; one that recurs is encoded once."""
+        distinct = list(dict.fromkeys(texts))
+        place = {text: row for row, text in enumerate(distinct)}
+        found = torch.from_numpy(self.encoder.encode(distinct, role=role).array)
+        return found[[place[text] for text in texts]]
+
+    def vectors(self, examples: Examples, columns: Mapping[str, Role]) -> list[Tensor]:
+        """Return the old vectors of each column."""
+        both = zip(examples.texts, columns.values(), strict=True)
+        return [self.encode(texts, role) for texts, role in both]

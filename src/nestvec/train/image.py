@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestvec.corpus.images import Images, read_images
+from nestvec.encoders.compatible_with import declare_compatible
 from nestvec.encoders.fingerprint import image_fingerprint
 from nestvec.encoders.image_network import (
     ImageNetwork,
@@ -25,6 +26,17 @@ from nestvec.encoders.image_network import (
 )
 from nestvec.errors import DataError, ModelError
 from nestvec.train.card import write_card
+from nestvec.train.compatible_image import (
+    METHODS,
+    OldRows,
+    compatible_objective,
+    compatible_sizes,
+    fitting_network,
+    old_model,
+    served,
+    served_head,
+    stationary,
+)
 from nestvec.train.distributed import gathered
 from nestvec.train.heads import ClassLabels, NestedClassifier
 from nestvec.train.objectives import NestedLoss, SupervisedContrastive
@@ -32,6 +44,7 @@ from nestvec.train.pixels import Batch, Numbers, embed_images, image_hash, measu
 from nestvec.train.result import Trained, save_classifier
 from nestvec.train.run import Run, described
 from nestvec.train.settings import Settings
+from nestvec.train.simplex import HigherOrderCompatible
 from nestvec.train.sizes import sizes_of
 from nestvec.train.trainer import ModuleTrainer, carry_out
 from nestvec.train.validation import label_accuracy, neighbour_accuracy
@@ -39,7 +52,7 @@ from nestvec.train.validation import label_accuracy, neighbour_accuracy
 if TYPE_CHECKING:
     from nestvec.train.lora import Lora
 
-OBJECTIVES = ("cross_entropy", "supervised_contrastive")
+OBJECTIVES = ("cross_entropy", "supervised_contrastive", "simplex")
 
 
 class ShiftAndFlip(nn.Module):
@@ -77,7 +90,8 @@ class ShiftAndFlip(nn.Module):
 class ImageTask(nn.Module):
     """A network, what is done to its input in training, and what it is asked for.
 
-    ``forward(pixel_values, labels)`` returns ``{"loss": scalar}``.
+    ``forward(pixel_values, labels, **more)`` returns ``{"loss": scalar}``; the objective is handed
+    rows, labels and what else there is.
     """
 
     def __init__(
@@ -86,12 +100,12 @@ class ImageTask(nn.Module):
         super().__init__()
         self.network, self.objective, self.augment = network, objective, augment
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, labels: Tensor, **more: Tensor) -> dict[str, Tensor]:
         if self.training and self.augment is not None:
             pixel_values = self.augment(pixel_values)  # here, so that a resumed run draws the same
         rows = self.network(pixel_values)
         with torch.autocast(rows.device.type, enabled=False):  # a logit needs its digits
-            return {"loss": self.objective(rows.float(), labels)}
+            return {"loss": self.objective(rows.float(), labels, **more)}
 
 
 class _AllProcesses(nn.Module):
@@ -101,8 +115,9 @@ class _AllProcesses(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
-        return self.objective(gathered(rows), gathered(labels))
+    def forward(self, rows: Tensor, labels: Tensor, **more: Tensor) -> Tensor:
+        others = {name: gathered(one) for name, one in more.items()}
+        return self.objective(gathered(rows), gathered(labels), **others)
 
 
 def read_labelled(
@@ -158,6 +173,11 @@ def train_image(
     label_smoothing: float | int = 0.0,
     augment: nn.Module | None = None,
     lora: Lora | None = None,
+    compatible_with: Any = None,
+    compatible: str = "oca",
+    extra_dims: int = 32,
+    compatible_options: Mapping[str, Any] | None = None,
+    capacity: int | None = None,
     settings: Settings | None = None,
     fresh: bool = False,
 ) -> Trained:
@@ -183,8 +203,9 @@ def train_image(
         Labelled images that are scored at every size as training goes; by default a share
         ``holdout`` of the rows is drawn by seed and not trained on.
     objective
-        ``"cross_entropy"`` (MRL: one classifier a size; with ``tied`` MRL-E: one that is cut) or
-        ``"supervised_contrastive"``, nested.
+        ``"cross_entropy"`` (MRL: one classifier a size; with ``tied`` MRL-E: one that is cut),
+        ``"supervised_contrastive"``, nested, or ``"simplex"``: a classifier that never changes
+        (`StationaryClassifier`), for the first of a series of models that are to be compatible.
     weights, label_smoothing
         Of `NestedCrossEntropy`.
     augment
@@ -192,6 +213,21 @@ def train_image(
     lora
         Train a low-rank adaptation of a trained network in place of the network: by default one
         that can be cut to any rank afterwards. The network, its batch norms too, stays as it was.
+    compatible_with
+        The model whose gallery is to be kept: its folder, an `ImageEncoder`, or its vectors of the
+        images (Embeddings with their ids). The prefix of the new vectors is then trained to live in
+        its Space, at every size it may be cut to; `nestvec.upgrade.compatible_prefix` makes queries
+        for the old gallery of them. The network gets a linear layer behind it that makes room.
+    compatible
+        How: ``"oca"`` (`OrthogonalCompatible`), ``"bt2"`` (`BasisTransformation`, without an
+        independently trained model), ``"bct"`` (`BackwardCompatible`, at the old size) or
+        ``"simplex"`` (`HigherOrderCompatible`, if the old model was trained with that objective).
+    extra_dims
+        What OCA and BT2 add to the old size, for what is new.
+    compatible_options
+        Further keyword arguments of the objective: ``{"lambdas": (1, 10, 5)}``.
+    capacity
+        Of ``objective="simplex"``: classes there will ever be. The model's size is one less.
     settings
         How to train.
     fresh
@@ -217,6 +253,14 @@ def train_image(
     settings.check(chunks=False)
     if objective not in OBJECTIVES:
         raise DataError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}.")
+    if compatible not in METHODS:
+        raise DataError(f"compatible {compatible!r} is not one of {', '.join(METHODS)}.")
+    stretched = compatible_with is not None or objective == "simplex"
+    if lora is not None and stretched:
+        raise ModelError(
+            "a LoRA adapts what is there, and a compatible model gets a layer more: train it "
+            "without lora=."
+        )
     if lora is not None and network in ("resnet", "vit"):
         raise ModelError(
             f"a LoRA adapts a network that was trained, and {network!r} starts from nothing: give "
@@ -227,12 +271,31 @@ def train_image(
     torch.manual_seed(settings.seed)  # of networks and heads that are made here
     given = network
     network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
+    old = None if compatible_with is None else old_model(compatible_with, images)
+    corners = stationary(objective, capacity, old, compatible, settings.seed)
+    if stretched:
+        network = fitting_network(network, compatible, old, extra_dims, corners)
     before = image_fingerprint(network, preprocessing)
+    if old is not None:
+        dims = compatible_sizes(network.dim, dims, old)
     sizes = sizes_of(network.dim, dims, lowest=8, weights=weights)
     head = None
-    if objective == "cross_entropy":
+    if stretched:
+        chosen: nn.Module = compatible_objective(
+            compatible,
+            network,
+            sizes,
+            len(names),
+            old=old,
+            rows=train_rows,
+            labels=labels,
+            corners=corners,
+            weights=weights,
+            options=dict(compatible_options or {}),
+        )
+    elif objective == "cross_entropy":
         head = NestedClassifier(sizes, len(names), tied=tied)
-        chosen: nn.Module = ClassLabels(head, weights=weights, label_smoothing=label_smoothing)
+        chosen = ClassLabels(head, weights=weights, label_smoothing=label_smoothing)
     else:
         loss = NestedLoss(SupervisedContrastive(), sizes, weights=weights, n_embeddings=1)
         chosen = _AllProcesses(loss)
@@ -247,6 +310,8 @@ def train_image(
             "weights": weights,
             "augment": None if augment is None else described(augment),
             "lora": None if lora is None else lora.to_dict(),
+            "compatible": None if old is None else [old.space.space_id, old.digest()],
+            "compatible_by": described(chosen) if stretched else None,
             "settings": settings.to_dict(),
         },
         fresh=fresh,
@@ -254,14 +319,27 @@ def train_image(
     if run.finished:
         return Trained.of(run, sizes)
 
+    held_old = old
+    if old is not None and held_out is not None and held_out[0] is not images:
+        held_old = old_model(compatible_with, held_out[0])
+
     def validate() -> dict[str, float]:
         assert held_out is not None
         others, held_rows, held_labels = held_out
         rows = embed_images(network, preprocessing, others, held_rows, settings.batch_size)
         if head is not None:
             return label_accuracy(head, rows, held_labels)
-        return neighbour_accuracy(rows, held_labels, sizes)
+        found = neighbour_accuracy(rows, held_labels, sizes)
+        if held_old is None:
+            return found
+        beside = torch.from_numpy(held_old.vectors[held_rows]).to(rows)
+        met = neighbour_accuracy(rows, held_labels, held_old.dims, others=beside, name="1nn_old")
+        return found | met
 
+    batch: Any = Batch(images, preprocessing, train_rows, labels)
+    if old is not None:
+        batch = OldRows(batch, old.vectors, train_rows)
+    alone = not isinstance(chosen, HigherOrderCompatible)  # the others look at one row at a time
     adapter = None
     if lora is not None:
         from nestvec.train.lora import attach, reference
@@ -270,11 +348,11 @@ def train_image(
         adapter = attach(network.backbone, lora, seed=settings.seed, base=named)
     try:
         trainer = ModuleTrainer(
-            ImageTask(network, chosen, augment=augment),
+            ImageTask(network, chosen if alone else _AllProcesses(chosen), augment=augment),
             Numbers(len(train_rows)),
             run,
             settings=settings,
-            collate=Batch(images, preprocessing, train_rows, labels),
+            collate=batch,
             validate=None if held_out is None else validate,
             head=head,
         )
@@ -284,15 +362,23 @@ def train_image(
 
         def save(metrics: dict[str, float]) -> None:
             if adapter is None:
-                usage = _save_model(run.folder, network, preprocessing, sizes)
+                made = served(network)
+                usage = _save_model(run.folder, made, preprocessing, sizes)
+                if corners is not None:
+                    corners.save(run.folder)
+                if old is not None:
+                    declare_compatible(
+                        run.folder, image_fingerprint(made, preprocessing), old.space
+                    )
             else:
                 from nestvec.train.lora_files import save_adapter
 
                 score = None if held_out is None else validate
                 usage = save_adapter(run.folder, adapter, score, base=before, dims=sizes)
                 preprocessing.save(run.folder)
-            if head is not None:
-                save_classifier(run.folder, head, names)
+            classifier = head or served_head(chosen)
+            if classifier is not None:
+                save_classifier(run.folder, classifier, names)
             write_card(
                 run.folder,
                 library="transformers" if adapter is None else "peft",
@@ -303,6 +389,7 @@ def train_image(
                 trained_on=f"{len(train_rows):,} images of {len(names)} classes",
                 settings=settings.to_dict() | ({} if lora is None else {"lora": lora.to_dict()}),
                 usage=usage,
+                compatible_with=None if old is None else old.space,
             )
 
         return carry_out(trainer, run, sizes, save)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,14 @@ from nestvec._extras import require
 from nestvec.corpus.examples import Examples, Kind
 from nestvec.encoders._quiet import quiet
 from nestvec.encoders.base import Role
+from nestvec.encoders.compatible_with import declare_compatible
 from nestvec.encoders.fingerprint import fingerprint
+from nestvec.encoders.text import TextEncoder
 from nestvec.errors import DataError, ModelError
+from nestvec.space import halving, parse_dims
 from nestvec.train.batches import BatchesApart
 from nestvec.train.card import declare_dims, write_card
+from nestvec.train.compatible_pairs import CompatiblePairs, OldTexts, WithOld
 from nestvec.train.heads import ClassLabels, NestedClassifier
 from nestvec.train.keeping import KeepNeighbours
 from nestvec.train.objectives import InfoNCE, NestedLoss
@@ -30,6 +34,7 @@ from nestvec.train.settings import Settings
 from nestvec.train.sizes import sizes_of
 from nestvec.train.trainer import AdapterAlone, Careful, carry_out
 from nestvec.train.validation import Validate, label_accuracy, pair_accuracy, rank_correlation
+from nestvec.train.wider_text import widened
 
 for _module in ("sentence_transformers", "accelerate", "datasets"):
     require(_module, extra="train", why="training text models")
@@ -84,6 +89,9 @@ def train_text(
     n_dims_per_step: int = -1,
     freeze_layers: int = 0,
     lora: Lora | None = None,
+    compatible_with: Any = None,
+    extra_dims: int = 32,
+    compatible_options: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
     fresh: bool = False,
 ) -> Trained:
@@ -120,6 +128,15 @@ def train_text(
     lora
         Train a low-rank adaptation in place of the model: by default one that can be cut to any
         rank afterwards. The model stays as it was. It wants a higher learning rate, like 5e-4.
+    compatible_with
+        The model whose gallery is to be kept: a name or folder, or an encoder of any kind. The
+        prefix of the new vectors is then trained to live in its Space (`CompatiblePairs`), at every
+        size it may be cut to; `nestvec.upgrade.compatible_prefix` makes queries for the old gallery
+        of them. It embeds the training texts once, before the first step. For pairs and triplets.
+    extra_dims
+        What is added to the old size, for what is new: the model is widened so far (`widened`).
+    compatible_options
+        Further keyword arguments of `CompatiblePairs`: ``{"near": 10}``.
     settings
         How to train; a learning rate of 5e-5 and one epoch if not given.
     fresh
@@ -145,12 +162,20 @@ def train_text(
     settings.check()
     given = model
     model, base, prompts = loaded_text_model(model)
+    torch.manual_seed(settings.seed)  # of layers and heads that are made here
+    old = None
+    if compatible_with is not None:
+        old = OldTexts(compatible_with, examples.kind, objective, lora)
+        full = old.dims[-1] + extra_dims
+        model = widened(model, full)
+        dims = {*(halving(full) if dims is None else parse_dims(dims)), *old.dims}
     sizes = sizes_of(model.get_embedding_dimension(), dims, lowest=16, weights=weights)
     train, held_out = _split(examples, validation, holdout, settings.seed)
     if len(train) < 2:
         raise DataError(f"{len(train)} rows to train on; at least 2 are needed.")
-    torch.manual_seed(settings.seed)  # of heads that are made here
     made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
+    if old is not None:
+        made = CompatiblePairs(sizes, old.dims, weights=weights, **(compatible_options or {}))
     chosen = made if objective is None else objective
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     _freeze(model, freeze_layers)
@@ -170,6 +195,7 @@ def train_text(
                 "n_dims_per_step": n_dims_per_step,
                 "freeze_layers": freeze_layers,
                 "lora": None if lora is None else lora.to_dict(),
+                "compatible": None if old is None else [old.space.space_id, described(made)],
                 "settings": settings.to_dict(),
             },
             fresh=fresh,
@@ -179,7 +205,7 @@ def train_text(
         head = head if objective is None else None
         validate = None
         if held_out is not None:
-            validate = _validation(model, prompts, held_out, sizes, head)
+            validate = _validation(model, prompts, held_out, sizes, head, old)
         _freeze_unused(model, examples.texts[0][0])
         if lora is not None:
             from nestvec.train.lora import attach, reference
@@ -190,6 +216,8 @@ def train_text(
         fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
         rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
         columns = COLUMNS[examples.kind]
+        if old is not None:
+            chosen = WithOld(made, old.vectors(train, columns))
         trainer = TextTrainer(
             model=model,
             args=settings.arguments(
@@ -199,7 +227,7 @@ def train_text(
                 learning_rate_mapping=rates,
                 prompts={name: prompts[role] for name, role in columns.items() if prompts[role]},
             ),
-            train_dataset=_dataset(train),
+            train_dataset=_dataset(train, numbered=old is not None),
             loss=SentenceTransformerLoss(
                 model, chosen, chunk_size=settings.chunk_size, keep=kept, keep_weight=keep
             ),
@@ -215,6 +243,9 @@ def train_text(
         def save(metrics: dict[str, float]) -> None:
             if adapter is None:
                 usage = _save_model(model, run.folder, sizes)
+                if old is not None:
+                    own = fingerprint(TextEncoder(run.folder).model)
+                    declare_compatible(run.folder, own, old.space)
             else:
                 from nestvec.train.lora_files import save_adapter
 
@@ -233,6 +264,7 @@ def train_text(
                 trained_on=f"{len(train):,} rows ({examples.kind})",
                 settings=settings.to_dict() | ({} if lora is None else {"lora": lora.to_dict()}),
                 usage=usage,
+                compatible_with=None if old is None else old.space,
             )
 
         return carry_out(trainer, run, sizes, save)
@@ -246,8 +278,6 @@ def train_text(
 
 def loaded_text_model(model: Any) -> tuple[SentenceTransformer, str, dict[Role, str]]:
     """Return a model to train, a name for it, and its prompts."""
-    from nestvec.encoders import TextEncoder
-
     encoder = TextEncoder(model)
     if not isinstance(encoder.model, SentenceTransformer):
         raise ModelError(f"{model!r} is no sentence-transformers model, so it cannot be trained.")
@@ -333,6 +363,7 @@ def _validation(
     examples: Examples,
     dims: tuple[int, ...],
     head: NestedClassifier | None,
+    old: OldTexts | None,
 ) -> Validate | None:
     roles = list(COLUMNS[examples.kind].values())
 
@@ -352,13 +383,25 @@ def _validation(
         return lambda: label_accuracy(head, encode(0), targets)
     if examples.kind == "scored":
         return lambda: rank_correlation(encode(0), encode(1), targets, dims)
-    return lambda: pair_accuracy(encode(0), encode(1), dims, texts)
+    if old is None:
+        return lambda: pair_accuracy(encode(0), encode(1), dims, texts)
+    gallery = old.encode(texts[1], "document")
+
+    def both() -> dict[str, float]:
+        queries = encode(0)
+        there = gallery.to(queries)
+        met = pair_accuracy(queries, there, old.dims, texts, name="top1_old")
+        return pair_accuracy(queries, encode(1), dims, texts) | met
+
+    return both
 
 
-def _dataset(examples: Examples) -> Dataset:
+def _dataset(examples: Examples, *, numbered: bool = False) -> Dataset:
     columns: dict[str, Any] = dict(zip(COLUMNS[examples.kind], examples.texts, strict=True))
     if examples.targets is not None:
         columns["label"] = examples.targets
+    if numbered:  # so that an objective finds what it knows of each row
+        columns["label"] = np.arange(len(examples))
     return Dataset.from_dict(columns)
 
 

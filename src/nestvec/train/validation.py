@@ -31,7 +31,12 @@ def rank_correlation(
 
 
 def pair_accuracy(
-    queries: Tensor, documents: Tensor, dims: Sequence[int], texts: Sequence[Sequence[str]]
+    queries: Tensor,
+    documents: Tensor,
+    dims: Sequence[int],
+    texts: Sequence[Sequence[str]],
+    *,
+    name: str = "top1",
 ) -> dict[str, float]:
     """Return how often the closest of all documents is one of a query's own, by size.
 
@@ -44,7 +49,7 @@ def pair_accuracy(
     for dim in dims:
         closest = _closest(queries, documents, dim)
         hits = [(query, said[place]) in own for query, place in zip(asked, closest, strict=True)]
-        found[f"top1@{dim}"] = sum(hits) / len(hits)
+        found[f"{name}@{dim}"] = sum(hits) / len(hits)
     return found
 
 
@@ -70,10 +75,21 @@ def label_accuracy(head: NestedClassifier, rows: Tensor, labels: Any) -> dict[st
     }
 
 
-def neighbour_accuracy(rows: Tensor, labels: Any, dims: Sequence[int]) -> dict[str, float]:
-    """Return how often the closest other row has a row's label, by size."""
+def neighbour_accuracy(
+    rows: Tensor,
+    labels: Any,
+    dims: Sequence[int],
+    *,
+    others: Tensor | None = None,
+    name: str = "1nn",
+) -> dict[str, float]:
+    """Return how often the closest other row has a row's label, by size.
+
+    ``others`` are the same things as another model sees them, to be searched in place of ``rows``.
+    """
     right = np.asarray(labels)
+    there = rows if others is None else others
     return {
-        f"1nn@{dim}": float((right[_closest(rows, rows, dim, not_self=True)] == right).mean())
+        f"{name}@{dim}": float((right[_closest(rows, there, dim, not_self=True)] == right).mean())
         for dim in dims
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nestvec import _checks
 from nestvec.errors import SpaceMismatchError
 from nestvec.space import Embeddings, Space
@@ -51,7 +53,7 @@ def compatible_prefix(embeddings: Embeddings, old: Space | None = None) -> Embed
             "encoded by both."
         )
     cut = _checks.normalise(embeddings.array[:, : match.size], name="prefix")
-    return embeddings.replaced(cut, match)
+    return embeddings.replaced(cut, replace(match, via=(f"prefix of {embeddings.space.space_id}",)))
 
 
 def _held(space: Space) -> list[Space]:
