@@ -28,6 +28,8 @@ Examples:
 
   nestvec train text intents.jsonl -o my-model --epochs 5        (columns text, label)
 
+  nestvec train text pairs.jsonl -o my-model --layers 2,4,6      (earlier layers, too)
+
   nestvec train text big.jsonl -o my-model --batch-size 1024 --chunk-size 32
 
   nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4   (see nestvec lora)
@@ -171,6 +173,17 @@ def text(
         int, typer.Option(min=0, help="Transformer layers, from the bottom, left as they are.")
     ] = 0,
     lora_rank: LoraRank = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers whose vectors are to be embeddings too, like 2,4,6, or all; the last "
+            "always is.",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        str, typer.Option(help="How --layers are trained: fixed, 2dmse or ese.")
+    ] = "fixed",
     epochs: Epochs = 1,
     max_steps: MaxSteps = -1,
     batch_size: BatchSize = 64,
@@ -233,6 +246,8 @@ def text(
             weights=_weights(weights),
             freeze_layers=freeze_layers,
             lora=_lora(lora_rank),
+            layers=layers,
+            depth=depth,
             settings=settings,
             fresh=fresh,
         ),
@@ -392,7 +407,7 @@ def _weights(given: str) -> Any:
 def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: bool) -> None:
     import torch.distributed as dist
 
-    from nestvec.train.card import size_table
+    from nestvec.train.card import layer_tables, size_table
     from nestvec.train.settings import is_first_process
 
     try:
@@ -411,6 +426,7 @@ def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: b
             {
                 "output": str(output),
                 "dims": list(trained.dims),
+                **({"layers": list(trained.layers)} if trained.layers else {}),
                 "metrics": trained.metrics,
                 "settings": settings.to_dict(),
             }
@@ -418,5 +434,7 @@ def _run(train: Callable[[], Trained], output: Path, settings: Settings, json: b
         return
     if trained.metrics:
         out.print(size_table(trained.metrics, trained.dims), markup=False)
+        if trained.layers:
+            out.print(layer_tables(trained.metrics, trained.dims, trained.layers), markup=False)
     out.print(f"{output}: nesting dims {trained.dims}", markup=False)
     note(f"next: nestvec embed ... --model {output}")

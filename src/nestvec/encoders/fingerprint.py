@@ -16,6 +16,7 @@ _BESIDE = {
     "is_matryoshka",
     "matryoshka_dimensions",
     "nestvec_head",  # its settings and weights are hashed by themselves
+    "matryoshka_layers",
     "torch_dtype",
     "transformers_version",
     "use_cache",

@@ -20,6 +20,14 @@ from nestvec.train.compatible import (  # noqa: E402  # likewise
     OrthogonalCompatible,
 )
 from nestvec.train.compatible_pairs import CompatiblePairs  # noqa: E402  # likewise
+from nestvec.train.depth import (  # noqa: E402  # likewise
+    ESE,
+    DepthLoss,
+    FixedPairs,
+    KeepInDepth,
+    TwoDMSE,
+    pairs_of,
+)
 from nestvec.train.distillation import ScoreDistillation  # noqa: E402  # likewise
 from nestvec.train.distributed import gathered, row_offset  # noqa: E402  # likewise
 from nestvec.train.dynamic import DynamicNegatives  # noqa: E402  # likewise
@@ -90,6 +98,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ESE",
     "OCA_CONFIGURED",
     "BackwardCompatible",
     "BasisTransformation",
@@ -100,10 +109,13 @@ __all__ = [
     "CoSENT",
     "CompatiblePairs",
     "CrossEncoderTeacher",
+    "DepthLoss",
     "DrawRanks",
     "DynamicNegatives",
+    "FixedPairs",
     "HigherOrderCompatible",
     "InfoNCE",
+    "KeepInDepth",
     "KeepNeighbours",
     "Lora",
     "Mined",
@@ -126,6 +138,7 @@ __all__ = [
     "SupervisedContrastive",
     "Synthetic",
     "Trained",
+    "TwoDMSE",
     "best_size",
     "check_labels",
     "cut",
@@ -135,6 +148,7 @@ __all__ = [
     "load_classifier",
     "load_lora",
     "mine_negatives",
+    "pairs_of",
     "row_offset",
     "sample_documents",
     "save_lora",

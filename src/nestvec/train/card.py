@@ -11,11 +11,17 @@ from nestvec._atomic import written_beside
 from nestvec.space import Space
 
 
-def declare_dims(folder: Path, dims: Sequence[int]) -> None:
-    """Write ``is_matryoshka`` and ``matryoshka_dimensions`` (vLLM's keys) into config.json."""
+def declare_dims(folder: Path, dims: Sequence[int], layers: Sequence[int] = ()) -> None:
+    """Write ``is_matryoshka`` and ``matryoshka_dimensions`` (vLLM's keys) into config.json.
+
+    Layers that were trained go beside them, as ``matryoshka_layers``.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"is_matryoshka": True, "matryoshka_dimensions": list(dims)}
+    config.pop("matryoshka_layers", None)  # of the model that it began from
+    if layers:
+        config["matryoshka_layers"] = list(layers)
     with written_beside(path) as scratch:
         scratch.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -43,6 +49,31 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def layer_tables(metrics: Mapping[str, float], dims: Sequence[int], layers: Sequence[int]) -> str:
+    """Return Markdown tables, one a metric: a row a layer, a column a size.
+
+    The last layer's metrics are called ``name@dim``, those of the others ``name@layerxdim``.
+
+    >>> print(layer_tables({"top1@8": 0.5, "top1@3x8": 0.25}, [8], [3, 6]))
+    top1 by layer (of 6) and dim:
+    <BLANKLINE>
+    | layer | 8 |
+    | --- | --- |
+    | 3 | 0.250 |
+    | 6 | 0.500 |
+    """
+    last = layers[-1]
+    found = []
+    for name in dict.fromkeys(key.rpartition("@")[0] for key in metrics):
+        rows = [["layer", *map(str, dims)], ["---"] * (1 + len(dims))]
+        for layer in layers:
+            at = "" if layer == last else f"{layer}x"
+            rows.append([str(layer), *(f"{metrics[f'{name}@{at}{dim}']:.3f}" for dim in dims)])
+        lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        found.append(f"{name} by layer (of {last}) and dim:\n\n{lines}")
+    return "\n\n".join(found)
+
+
 def write_card(
     folder: Path,
     *,
@@ -55,9 +86,12 @@ def write_card(
     settings: Mapping[str, Any],
     usage: str,
     compatible_with: Space | None = None,
+    layers: Sequence[int] = (),
 ) -> None:
     """Write README.md, a model card as the hub reads it."""
     table = size_table(metrics, dims) if metrics else "Not measured: no validation data was given."
+    if layers and metrics:
+        table += "\n\n" + layer_tables(metrics, dims, layers)
     how = "\n".join(f"- {key}: {value}" for key, value in settings.items() if value is not None)
     old = ""
     if compatible_with is not None:

@@ -34,17 +34,21 @@ class Trained:
         ``"spearman@64"`` -> value on the validation data, at the end; empty without any.
     records
         The log: step, loss, learning rate, validation.
+    layers
+        The layers it was trained for, () if it is the last alone; their metrics are called
+        ``"spearman@3x64"``, the last layer's ``"spearman@64"``.
     """
 
     folder: Path
     dims: tuple[int, ...]
     metrics: dict[str, float]
     records: list[dict[str, Any]]
+    layers: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, run: Run, dims: tuple[int, ...]) -> Trained:
+    def of(cls, run: Run, dims: tuple[int, ...], layers: tuple[int, ...] = ()) -> Trained:
         """Return what stands in a folder."""
-        return cls(run.folder, dims, last_metrics(run), run.records())
+        return cls(run.folder, dims, last_metrics(run), run.records(), layers)
 
 
 def last_metrics(run: Run) -> dict[str, float]:

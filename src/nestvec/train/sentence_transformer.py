@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from nestvec.errors import DataError
 from nestvec.train.chunked import encode_in_chunks
+from nestvec.train.depth import DepthLoss
 from nestvec.train.distributed import gathered
+
+if TYPE_CHECKING:
+    from nestvec.encoders.layers import Layers
 
 
 class SentenceTransformerLoss(nn.Module):
@@ -38,6 +43,9 @@ class SentenceTransformerLoss(nn.Module):
 
     Notes
     -----
+    An objective over layers (`nestvec.train.FixedPairs`, for instance) gets every text's vector at
+    each of its ``layers``, (n, n_layers, dim), from one forward pass; ``keep`` then does, too.
+
     Under ``torchrun`` the rows of all processes are gathered first, so a batch shared by several
     processes has the negatives and the gradients of the same batch in one.
     """
@@ -56,6 +64,9 @@ class SentenceTransformerLoss(nn.Module):
         self.objective = objective
         self.chunk_size = chunk_size
         self.keep, self.keep_weight = keep, keep_weight
+        self.deep: Layers | None = None
+        if isinstance(objective, DepthLoss):
+            self.deep, self.layers = checked_layers(model, objective), objective.layers
         self.before = None
         if keep is not None:
             self.before = copy.deepcopy(model).eval().requires_grad_(False)
@@ -81,8 +92,24 @@ class SentenceTransformerLoss(nn.Module):
         return encode_in_chunks(self._encode, features, self.chunk_size)
 
     def _encode(self, features: Any) -> Tensor:
-        return self.model(dict(features))["sentence_embedding"]
+        if self.deep is None:
+            return self.model(dict(features))["sentence_embedding"]
+        with self.deep.kept():
+            return self.deep.rows(self.model(dict(features)), self.layers)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return what sentence-transformers' model card shows."""
         return {"objective": type(self.objective).__name__, "chunk_size": self.chunk_size}
+
+
+def checked_layers(model: Any, objective: DepthLoss) -> Layers:
+    """Return the layers of a model, or raise if they are not those of an objective."""
+    from nestvec.encoders.layers import Layers
+
+    found = Layers(model)
+    if objective.layers[-1] != found.n:
+        raise DataError(
+            f"the objective's layers {objective.layers} do not end with the last of this model, "
+            f"{found.n}: it is the teacher of the others."
+        )
+    return found

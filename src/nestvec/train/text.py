@@ -23,6 +23,7 @@ from nestvec.space import halving, parse_dims
 from nestvec.train.batches import BatchesApart
 from nestvec.train.card import declare_dims, write_card
 from nestvec.train.compatible_pairs import CompatiblePairs, OldTexts, WithOld
+from nestvec.train.depth import FixedPairs
 from nestvec.train.heads import ClassLabels, NestedClassifier
 from nestvec.train.keeping import KeepNeighbours
 from nestvec.train.objectives import InfoNCE, NestedLoss
@@ -32,6 +33,8 @@ from nestvec.train.run import Run, described
 from nestvec.train.sentence_transformer import SentenceTransformerLoss
 from nestvec.train.settings import Settings
 from nestvec.train.sizes import sizes_of
+from nestvec.train.text_depth import keeping, layers_of, usual_objective
+from nestvec.train.text_depth import validation as validation_in_depth
 from nestvec.train.trainer import AdapterAlone, Careful, carry_out
 from nestvec.train.validation import Validate, label_accuracy, pair_accuracy, rank_correlation
 from nestvec.train.wider_text import widened
@@ -89,13 +92,15 @@ def train_text(
     n_dims_per_step: int = -1,
     freeze_layers: int = 0,
     lora: Lora | None = None,
+    layers: Iterable[int] | str | None = None,
+    depth: str = "fixed",
     compatible_with: Any = None,
     extra_dims: int = 32,
     compatible_options: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
     fresh: bool = False,
 ) -> Trained:
-    """Train a text model so that every prefix of its vectors is an embedding.
+    """Train a text model so that every prefix of its vectors is an embedding, at every layer too.
 
     Parameters
     ----------
@@ -116,7 +121,8 @@ def train_text(
     objective
         A loss of (column, column, ..., [scores or class numbers]) tensors, nested or not, in place
         of the usual one: nested InfoNCE for pairs and triplets, nested CoSENT for scored pairs,
-        nested cross-entropy of one head a size for labelled texts.
+        nested cross-entropy of one head a size for labelled texts. One over layers
+        (`FixedPairs`, `TwoDMSE`, `ESE` or a `DepthLoss` of your own) brings its layers.
     keep
         Weight of an added `KeepNeighbours`: every size holds on to the neighbours that the full
         size had before training, for a model that is good already and examples that are few. 0
@@ -128,6 +134,13 @@ def train_text(
     lora
         Train a low-rank adaptation in place of the model: by default one that can be cut to any
         rank afterwards. The model stays as it was. It wants a higher learning rate, like 5e-4.
+    layers
+        Transformer layers whose vectors are to be embeddings too, each at every size, like
+        ``(2, 4, 6)`` or ``"all"``; the last always is. None trains the last layer alone. Of pairs,
+        triplets and scored pairs.
+    depth
+        How layers are trained: ``"fixed"`` (`FixedPairs` over the whole grid), ``"2dmse"``
+        (`TwoDMSE`) or ``"ese"`` (`ESE`, at the largest size up to 128), each with its defaults.
     compatible_with
         The model whose gallery is to be kept: a name or folder, or an encoder of any kind. The
         prefix of the new vectors is then trained to live in its Space (`CompatiblePairs`), at every
@@ -146,9 +159,10 @@ def train_text(
     -------
     Trained
         The folder holds the model as sentence-transformers saves it (safetensors; the sizes in
-        config.json as ``matryoshka_dimensions``; a model card with the table of sizes), the log,
-        and for labelled texts ``classifier.safetensors``. With ``lora`` it holds the adapter in
-        place of the model: `load_lora` and `cut_lora` take it to a rank.
+        config.json as ``matryoshka_dimensions``, layers as ``matryoshka_layers``; a model card with
+        the table of sizes), the log, and for labelled texts ``classifier.safetensors``. In its
+        metrics ``"spearman@64"`` is the last layer's, ``"spearman@3x64"`` layer 3's. With ``lora``
+        it holds the adapter in place of the model: `load_lora` and `cut_lora` take it to a rank.
 
     Raises
     ------
@@ -173,10 +187,16 @@ def train_text(
     train, held_out = _split(examples, validation, holdout, settings.seed)
     if len(train) < 2:
         raise DataError(f"{len(train)} rows to train on; at least 2 are needed.")
-    made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
+    numbers = layers_of(model, layers, objective)
+    _check_depth(numbers, lora, compatible_with, weights, n_dims_per_step)
+    if numbers and objective is None:
+        made, head = usual_objective(examples, sizes, numbers, depth, settings.seed), None
+    else:
+        made, head = _objective(examples, sizes, weights, n_dims_per_step, settings.seed)
     if old is not None:
         made = CompatiblePairs(sizes, old.dims, weights=weights, **(compatible_options or {}))
     chosen = made if objective is None else objective
+    in_depth = {"layers": numbers, "depth": described(chosen)} if numbers else {}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     _freeze(model, freeze_layers)
     adapter = None
@@ -196,15 +216,19 @@ def train_text(
                 "freeze_layers": freeze_layers,
                 "lora": None if lora is None else lora.to_dict(),
                 "compatible": None if old is None else [old.space.space_id, described(made)],
+                **in_depth,
                 "settings": settings.to_dict(),
             },
             fresh=fresh,
         )
         if run.finished:
-            return Trained.of(run, sizes)
+            return Trained.of(run, sizes, numbers)
         head = head if objective is None else None
         validate = None
-        if held_out is not None:
+        if held_out is not None and numbers:
+            said = [prompts[role] for role in COLUMNS[examples.kind].values()]
+            validate = validation_in_depth(model, said, held_out, sizes, numbers)
+        elif held_out is not None:
             validate = _validation(model, prompts, held_out, sizes, head, old)
         _freeze_unused(model, examples.texts[0][0])
         if lora is not None:
@@ -212,8 +236,14 @@ def train_text(
 
             named = reference(given, base)
             adapter = attach(model[0].auto_model, lora, seed=settings.seed, base=named)
-        kept = KeepNeighbours(sizes, weights=weights) if keep else None
-        fresh_parts = {r"^objective\.head": head, r"^keep\.": kept}  # they start from nothing
+        kept: nn.Module | None = None
+        if keep and numbers:
+            kept = keeping(chosen, numbers, sizes)
+        elif keep:
+            kept = KeepNeighbours(sizes, weights=weights)
+        follow = chosen.follow if isinstance(chosen, FixedPairs) else None
+        # they start from nothing
+        fresh_parts = {r"^objective\.head": head, r"^objective\.follow": follow, r"^keep\.": kept}
         rates = {name: settings.head_rate(HEAD_RATE) for name, part in fresh_parts.items() if part}
         columns = COLUMNS[examples.kind]
         if old is not None:
@@ -242,7 +272,7 @@ def train_text(
 
         def save(metrics: dict[str, float]) -> None:
             if adapter is None:
-                usage = _save_model(model, run.folder, sizes)
+                usage = _save_model(model, run.folder, sizes, numbers)
                 if old is not None:
                     own = fingerprint(TextEncoder(run.folder).model)
                     declare_compatible(run.folder, own, old.space)
@@ -257,6 +287,7 @@ def train_text(
                 library="sentence-transformers" if adapter is None else "peft",
                 base=base,
                 dims=sizes,
+                layers=numbers,
                 metrics=metrics,
                 measured_on="rows that were held out"
                 if validation is None
@@ -267,7 +298,7 @@ def train_text(
                 compatible_with=None if old is None else old.space,
             )
 
-        return carry_out(trainer, run, sizes, save)
+        return carry_out(trainer, run, sizes, save, numbers)
     finally:
         if adapter is not None:
             adapter.remove()
@@ -312,6 +343,21 @@ def _split(
     if n - cut < 2:  # one query has nearly all rows
         return examples, None
     return examples[np.sort(order[cut:])], examples[np.sort(order[:cut])]
+
+
+def _check_depth(
+    layers: tuple[int, ...], lora: Any, compatible_with: Any, weights: Any, n_dims_per_step: int
+) -> None:
+    if not layers:
+        return
+    if lora is not None or compatible_with is not None:
+        name = "compatible_with" if lora is None else "lora"
+        raise DataError(f"{name} is for the last layer's vectors alone: leave layers out, or it.")
+    if weights != "uniform" or n_dims_per_step != -1:
+        raise DataError(
+            "weights and n_dims_per_step are for training the last layer alone: every pair of a "
+            "layer and a size counts alike. Pass an objective over layers of your own instead."
+        )
 
 
 def _freeze(model: Any, n_layers: int) -> None:
@@ -405,15 +451,24 @@ def _dataset(examples: Examples, *, numbered: bool = False) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _save_model(model: Any, folder: Path, dims: tuple[int, ...]) -> str:
+def _save_model(model: Any, folder: Path, dims: tuple[int, ...], layers: tuple[int, ...]) -> str:
     """Write the model; return how to use it, for its card."""
     with quiet():
         model.save_pretrained(str(folder), create_model_card=False)
-    declare_dims(folder, dims)
-    short = dims[min(1, len(dims) - 1)]
-    return f"""```python
+    declare_dims(folder, dims, layers)
+    short, name = dims[min(1, len(dims) - 1)], folder.resolve().name
+    plain = f"""```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{folder.resolve().name}", truncate_dim={short})
+model = SentenceTransformer("{name}", truncate_dim={short})
 vectors = model.encode(texts, normalize_embeddings=True)   # cut, then normalised
+```"""
+    if not layers:
+        return plain
+    return f"""{plain}
+
+A model that ends after an earlier layer is smaller and faster:
+
+```
+nestvec export {name} -o shorter --layer {layers[0]} --dim {short}
 ```"""

@@ -299,7 +299,11 @@ class _Reporter(TrainerCallback):
 
 
 def carry_out(
-    trainer: Any, run: Run, dims: tuple[int, ...], save: Callable[[dict[str, float]], None]
+    trainer: Any,
+    run: Run,
+    dims: tuple[int, ...],
+    save: Callable[[dict[str, float]], None],
+    layers: tuple[int, ...] = (),
 ) -> Trained:
     """Train, validate a last time, let the first process ``save(metrics)``, and finish the run."""
     trainer.go()
@@ -308,4 +312,4 @@ def carry_out(
         save(metrics)
         run.finish(metrics=metrics)
     trainer.wait()
-    return Trained.of(run, dims)
+    return Trained.of(run, dims, layers)
