@@ -15,8 +15,8 @@ _BESIDE = {
     "gradient_checkpointing",
     "is_matryoshka",
     "matryoshka_dimensions",
-    "nestvec_head",  # its settings and weights are hashed by themselves
     "matryoshka_layers",
+    "nestvec_head",  # its settings and weights are hashed by themselves
     "torch_dtype",
     "transformers_version",
     "use_cache",
