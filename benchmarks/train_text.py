@@ -443,7 +443,15 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
 
 
 def theirs(
-    encoder: Any, first: list[str], second: list[str], folder: Path, settings: Any, *, cached: bool
+    encoder: Any,
+    first: list[str],
+    second: list[str],
+    folder: Path,
+    settings: Any,
+    *,
+    cached: bool,
+    dims: tuple[int, ...] = PAIR_DIMS,
+    deep: bool = False,
 ) -> None:
     """sentence-transformers' own loss and trainer, with our settings."""
     from datasets import Dataset
@@ -460,6 +468,7 @@ def theirs(
         if cached
         else losses.MultipleNegativesRankingLoss(encoder)
     )
+    nested = losses.Matryoshka2dLoss if deep else losses.MatryoshkaLoss
     trainer = SentenceTransformerTrainer(
         model=encoder,
         args=settings.arguments(
@@ -469,7 +478,7 @@ def theirs(
             batch_sampler=BatchSamplers.NO_DUPLICATES,
         ),
         train_dataset=Dataset.from_dict({"anchor": first, "positive": second}),
-        loss=losses.MatryoshkaLoss(encoder, inner, matryoshka_dims=list(PAIR_DIMS)),
+        loss=nested(encoder, inner, matryoshka_dims=list(dims)),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
