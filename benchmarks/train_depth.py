@@ -74,12 +74,12 @@ def model() -> Any:
 
 def data() -> tuple[list[str], list[str]]:
     first, second = pairs()
-    return (first[:256], second[:256]) if TRY else (first, second)
+    return (first[:64], second[:64]) if TRY else (first, second)
 
 
 def scored_pairs(name: str, split: str) -> tuple[list[str], list[str], np.ndarray]:
     first, second, gold = sts(name, split)
-    most = 200 if TRY else len(first)
+    most = 50 if TRY else len(first)
     return first[:most], second[:most], gold[:most]
 
 
@@ -181,7 +181,7 @@ def _ours(encoder: Any, method: str, options: dict[str, Any], folder: Path, sett
 def _settings(options: dict[str, Any], seed: int) -> Settings:
     return Settings(
         epochs=1,
-        batch_size=options["batch"],
+        batch_size=32 if TRY else options["batch"],
         learning_rate=options["rate"],
         precision=PRECISION,
         seed=seed,
@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true", help="train what is not kept yet")
     parser.add_argument("--candidates", action="store_true", help="compare settings on STS-B dev")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train")
-    parser.add_argument("--try", action="store_true", dest="tried", help="256 pairs, few rows")
+    parser.add_argument("--try", action="store_true", dest="tried", help="64 pairs, few rows")
     chosen = parser.parse_args()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     TRY = chosen.tried

@@ -146,7 +146,11 @@ class Layers:
             whole = self._stack
             setattr(self._holder, self._name, whole[:layer])
             try:
-                cut = self.model(dict(features))["sentence_embedding"].float()
+                # module by module, as above: a trainer may have wrapped the model's own forward
+                out = dict(features)
+                for module in self.model:
+                    out = module(out)
+                cut = out["sentence_embedding"].float()
             finally:
                 setattr(self._holder, self._name, whole)
         off = float((read - cut).abs().max() / cut.abs().max().clamp(min=1e-9))
