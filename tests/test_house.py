@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 EXTRAS = (
     "PIL accelerate bm25s datasets faiss ir_measures jinja2 joblib lance matplotlib numba onnx "
-    "onnxruntime pandas pyarrow sentence_transformers sklearn torch transformers"
+    "onnxruntime pandas peft pyarrow sentence_transformers sklearn torch transformers"
 ).split()
 
 

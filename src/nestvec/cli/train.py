@@ -52,6 +52,8 @@ Examples:
 
   nestvec train image photos/ -o first --objective simplex --capacity 500   (room for 500 classes)
 
+  nestvec train image photos/ -o my-lora --network my-model --lora-rank 16    (see nestvec lora)
+
   nestvec embed photos/ -o v.safetensors --model my-model
 """
 
