@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft", reason="nestvec[train]")
 import tiny_model  # noqa: E402  # behind importorskip
 from safetensors.torch import load_file, save_file  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -335,6 +336,23 @@ def test_frozen_layers_and_what_no_vector_needs_get_no_lora(model, tmp_path):
     some = Lora(rank=2, targets=("query", "output.dense"))
     done = train_text(str(model), pairs(), tmp_path / "y", lora=some, **options)
     assert len({name.partition(".lora_")[0] for name in adapter(done.folder)}) == 3
+
+
+def test_a_layer_behind_the_transformer_stays(model, tmp_path):
+    st = SentenceTransformer(str(model), device="cpu")
+    st.append(Dense(32, 8))
+    before = {name: value.clone() for name, value in st.state_dict().items()}
+    settings = Settings(**{**QUICK, "max_steps": 2})
+    done = train_text(st, pairs(), tmp_path / "x", lora=Lora(rank=2), settings=settings)
+    assert all(torch.equal(value, before[name]) for name, value in st.state_dict().items())
+    assert load_lora(done.folder, base=st).space.dim == 8
+
+
+def test_a_model_without_a_transformer_has_no_layers_for_it(model, tmp_path):
+    tokenizer = SentenceTransformer(str(model), device="cpu").tokenizer
+    st = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    with pytest.raises(ModelError, match="StaticEmbedding has no layers"):
+        train_text(st, pairs(), tmp_path / "x", lora=Lora(rank=2))
 
 
 class Killed(BaseException):

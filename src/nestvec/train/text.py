@@ -234,8 +234,13 @@ def train_text(
         if lora is not None:
             from nestvec.train.lora import attach, reference
 
+            transformer = getattr(model[0], "auto_model", None)
+            if transformer is None:
+                raise ModelError(f"a {type(model[0]).__name__} has no layers for a LoRA.")
             named = reference(given, base)
-            adapter = attach(model[0].auto_model, lora, seed=settings.seed, base=named)
+            adapter = attach(transformer, lora, seed=settings.seed, base=named)
+            for module in list(model)[1:]:
+                module.requires_grad_(False)  # a map behind it is no part of the LoRA
         kept: nn.Module | None = None
         if keep and numbers:
             kept = keeping(chosen, numbers, sizes)
