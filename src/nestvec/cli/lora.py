@@ -12,7 +12,7 @@ from nestvec.cli._common import Json, command, describe, note, out, print_json
 CUT_EPILOG = """
 Examples:
 
-  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4
+  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 1e-4
 
   nestvec lora cut my-lora -o my-lora-4 --rank 4        (for peft, or for nestvec lora merge)
 """

@@ -133,7 +133,7 @@ def train_text(
         Transformer layers, from the bottom, that are not trained; the token embeddings with them.
     lora
         Train a low-rank adaptation in place of the model: by default one that can be cut to any
-        rank afterwards. The model stays as it was. It wants a higher learning rate, like 5e-4.
+        rank afterwards. The model stays as it was. It wants a higher learning rate, like 1e-4.
     layers
         Transformer layers whose vectors are to be embeddings too, each at every size, like
         ``(2, 4, 6)`` or ``"all"``; the last always is. None trains the last layer alone. Of pairs,
