@@ -12,7 +12,7 @@ M(new, old) - M(old, old): safe if the lower 95% bound is above -0.01, better if
 
 What a run of one seed found is kept in ``compatible/scored-*.npz``, a megabyte or two: these files
 are all that ``--train-only`` has to bring back from another machine. It reads
-``cifar10/cifar10_10k.npz`` and ``omniglot_small/omniglot_small.npz``. A seed is 48 trainings, of
+``cifar10/cifar10_10k.npz`` and ``omniglot_small/omniglot_small.npz``. A seed is 56 trainings, of
 10 seconds each on a GPU and of three minutes each on one core.
 """
 
@@ -381,57 +381,88 @@ def scored(dataset: str, seed: int, device: str = "cpu") -> _training.Arrays:
 
 METRICS = ("mAP", "1-NN")
 MARGIN = -0.01  # what a safe upgrade may lose
+NEXT = ("2-1", "3-2", "4-3", "direct-4-1")  # an upgrade as it is done, from a model to the next
 
 
-def estimate(values: list[np.ndarray]) -> tuple[float, float, float]:
-    """Return the mean over seeds and test images, and its 95% interval over test images."""
-    found = resample(np.mean([v.astype(np.float64) for v in values], axis=0)[None], seed=0)
-    low, high = found.interval()
-    return float(found.value[0]), float(low[0]), float(high[0])
+class Rows:
+    """Rows of a result file: values by test image, estimated all at once at the end."""
+
+    def __init__(self, dataset: str, note: str) -> None:
+        self.about = {"dataset": dataset} | ({"note": note} if note else {})
+        self.waiting: list[tuple[dict[str, Any], np.ndarray]] = []
+
+    def add(self, about: dict[str, Any], by_seed: list[np.ndarray]) -> None:
+        values = np.mean(by_seed, axis=0)
+        self.waiting.append(({**self.about, **about, "n": len(values)}, values))
+
+    def estimated(self) -> list[dict[str, Any]]:
+        """Return the rows: means over test images, with 95% intervals over them."""
+        found = {}
+        for n in {len(values) for _, values in self.waiting}:
+            some = [at for at, (_, values) in enumerate(self.waiting) if len(values) == n]
+            one = resample(np.stack([self.waiting[at][1] for at in some]), seed=0)
+            found |= dict(zip(some, zip(one.value, *one.interval(), strict=True), strict=True))
+        rows = []
+        for at, (about, _) in enumerate(self.waiting):
+            value, low, high = map(float, found[at])
+            verdict = {}
+            if "above old/old" in about["metric"]:
+                safe = low > MARGIN
+                words = "better" if low > 0 else "safe" if safe else "not safe"
+                verdict = {"safe": safe, "verdict": words}
+            rows.append({**about, "value": value, "low": low, "high": high, **verdict})
+        return rows
 
 
 def rows_of(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
     by_seed = [scored(dataset, seed) for seed in seeds]
-    n = len(data(dataset)["test"][1])
     note = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    rows: list[dict[str, Any]] = []
+    labels = data(dataset)["test"][1]
+    rows, matrices = Rows(dataset, note), []
 
     def values(method: str, key: str, dim: str, metric: str) -> list[np.ndarray]:
         name = f"{method}/{key}/{dim}/{metric}"
-        plain = f"{method}/{key}/full/{metric}"  # a size that is the full one
+        plain = f"{method}/{key}/full/{metric}"  # of a size that is the full one
         return [one[name if name in one else plain].astype(np.float64) for one in by_seed]
 
-    def add(method: str, pair: str, dim: str, metric: str, found: Any, **more: Any) -> None:
-        value, low, high = found
-        about = {"dataset": dataset, "method": NAMES.get(method, method), "pair": pair}
-        about |= {} if dim == "full" else {"dim": int(dim)}
-        about |= {"metric": metric, "value": value, "low": low, "high": high, "n": n, **more}
-        rows.append(about | ({"note": note} if note else {}))
+    def less(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
+        return [x - y for x, y in zip(a, b, strict=True)]
 
     for method in METHODS:
-        steps = [(f"{i}-{j}", f"{j}-{j}") for i in (2, 3, 4) for j in range(1, i)]
-        if method in FROM_OLD:
-            steps.append(("direct-4-1", "1-1"))
+        named = {"method": NAMES.get(method, method)}
+        direct = method in FROM_OLD
+        crossed = [f"{i}-{j}" for i in (2, 3, 4) for j in range(1, i)]
+        crossed += ["direct-4-1"] if direct else []
         for metric in METRICS:
-            for dim in ("full", "128", "32"):
-                for cross, own in steps:
-                    new, old = values(method, cross, dim, metric), values(method, own, dim, metric)
-                    add(method, cross, dim, f"{metric} new/old", estimate(new))
-                    add(method, own, dim, f"{metric} old/old", estimate(old))
-                    gain = estimate([a - b for a, b in zip(new, old, strict=True)])
-                    verdict = (
-                        "better" if gain[1] > 0 else "safe" if gain[1] > MARGIN else "not safe"
-                    )
-                    name = f"{metric} new/old above old/old"
-                    add(method, cross, dim, name, gain, safe=gain[1] > MARGIN, verdict=verdict)
-            for key in ("2-2", "3-3", "4-4", *(["direct-4-4"] if method in FROM_OLD else [])):
+            for key in ("1-1", "2-2", "3-3", "4-4", *(["direct-4-4"] if direct else [])):
                 own = values(method, key, "full", metric)
+                rows.add({**named, "pair": key, "metric": f"{metric} of itself"}, own)
                 alone = values("independent", key[-3:], "full", metric)
-                add(method, key, "full", f"{metric} new/new", estimate(own))
-                lost = estimate([100 * (a - b) for a, b in zip(own, alone, strict=True)])
-                add(method, key, "full", f"points above independent ({metric} new/new)", lost)
-            rows += matrix_rows(dataset, method, metric, values, note)
-    return [row for at, row in enumerate(rows) if row not in rows[:at]]  # old/old come repeatedly
+                words = f"points above independent ({metric} of itself)"
+                lost = [100 * one for one in less(own, alone)]
+                rows.add({**named, "pair": key, "metric": words}, lost)
+            for key in crossed:
+                last = key[-1]
+                for dim in ("full", "128", "32") if key in NEXT else ("full",):
+                    about = {**named, "pair": key} | ({} if dim == "full" else {"dim": int(dim)})
+                    new = values(method, key, dim, metric)
+                    gain = less(new, values(method, f"{last}-{last}", dim, metric))
+                    rows.add({**about, "metric": f"{metric} new/old"}, new)
+                    words = f"{metric} new/old above old/old"
+                    rows.add({**about, "metric": words}, gain)
+                    if dim == "full" and key in NEXT:
+                        knew, knows = (STEPS[dataset][int(t) - 1] for t in (last, key[-3]))
+                        groups = {
+                            "old classes": labels < knew,
+                            "new classes": (labels >= knew) & (labels < knows),
+                            "classes unseen by both": labels >= knows,
+                        }
+                        for group, chosen in groups.items():
+                            if chosen.any():
+                                some = [one[chosen] for one in gain]
+                                rows.add({**about, "metric": f"{words}, {group}"}, some)
+            matrices += matrix_rows(dataset, method, metric, values, note)
+    return rows.estimated() + matrices
 
 
 def matrix_rows(
