@@ -1,0 +1,284 @@
+"""SciFact: random negatives, static hard ones (STAR), dynamic ones (ADORE), the adaptor beside."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import _training
+import numpy as np
+from _negatives import (
+    DIMS,
+    TRY,
+    Options,
+    asked,
+    base,
+    best,
+    both_sides,
+    encoder_of,
+    grid,
+    kept,
+    model_folder,
+    ndcg,
+    rankings,
+    reciprocal_rank,
+    settings_of,
+    table,
+    untuned,
+)
+
+import nestvec as nv
+from nestvec.corpus import Texts
+from nestvec.corpus.examples import Examples
+from nestvec.encoders import TextEncoder
+from nestvec.encoders.fingerprint import fingerprint
+from nestvec.train import (
+    InfoNCE,
+    NestedLoss,
+    StaticAndRandom,
+    mine_negatives,
+    train_queries,
+    train_text,
+)
+
+STEPS, BATCH = 240, 64
+RANDOM_GRID = [{"rate": 5e-5, "keep": 0.0}, {"rate": 1e-4, "keep": 0.0}]
+STAR_GRID = [
+    {"loss": "softmax", "highest_share": None},
+    {"loss": "pairwise", "highest_share": None},
+]
+ADORE_GRID = [
+    {"rate": 1e-5, "keep": 0.0},
+    {"rate": 5e-5, "keep": 0.0},
+    {"rate": 5e-5, "keep": 10.0},
+]
+N_NEGATIVES = 4
+ADORE_STEPS = 200
+
+
+def judged_pairs(found: nv.RetrievalSet) -> Examples:
+    text = dict(zip(found.doc_ids, found.doc_texts, strict=True))
+    rows = [
+        (asks, text[doc])
+        for query, asks in zip(found.query_ids, found.query_texts, strict=True)
+        for doc, grade in found.qrels[query].items()
+        if grade > 0
+    ]
+    first, second = zip(*rows, strict=True)
+    return Examples("pairs", (list(first), list(second)))
+
+
+@cache
+def supervised_adaptor(split: str) -> nv.MatryoshkaAdaptor:
+    """The adaptor on frozen vectors, as benchmarks/adaptor.py fits it."""
+    docs, queries = untuned("scifact", split)
+    steps = {"max_steps": 5, "supervised_steps": 5} if TRY else {}
+    adaptor = nv.MatryoshkaAdaptor(random_state=0, **steps)
+    return adaptor.fit(docs, queries=queries, qrels=asked("scifact", split).qrels)
+
+
+def start_of(method: str, split: str) -> Any:
+    if not method.endswith("mapped"):
+        return base()
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(modules=[*base(), *supervised_adaptor(split).as_modules()])
+
+
+def recipe_of(method: str, split: str, options: Options, seed: int) -> Options:
+    return {
+        "dataset": "scifact",
+        "method": method,
+        "seed": seed,
+        "split": split,
+        "steps": STEPS,
+        "batch": BATCH,
+        "n_negatives": N_NEGATIVES,
+        **options,
+    }
+
+
+def fine_tuned(recipe: Options) -> Path:
+    """Train with random or static hard negatives; return the folder, now or again."""
+    folder = model_folder(recipe)
+    found = asked("scifact", recipe["split"])
+    start = start_of(recipe["method"], recipe["split"])
+    objective: Any = NestedLoss(InfoNCE(), DIMS)
+    if recipe["method"] == "random_negatives":
+        examples = judged_pairs(found)
+    else:
+        docs, queries = untuned("scifact", recipe["split"])
+        if recipe["method"] == "star_mapped":
+            docs, queries = both_sides(copy.deepcopy(start), found)
+        mined = mine_negatives(
+            found,
+            documents=docs,
+            queries=queries,
+            n_negatives=recipe["n_negatives"],
+            highest_share=recipe["highest_share"],
+            seed=recipe["seed"],
+        )
+        print(f"    {mined.sentence()}", flush=True)
+        examples = mined.examples
+        if recipe["loss"] == "pairwise":
+            objective = NestedLoss(StaticAndRandom(), DIMS)
+    train_text(
+        start,
+        examples,
+        folder,
+        dims=DIMS,
+        holdout=0,
+        objective=objective,
+        keep=recipe["keep"],
+        settings=settings_of(recipe, recipe["seed"]),
+    )
+    return folder
+
+
+def judge_split(split: str) -> str:
+    return "choose" if split == "fit" else "test"
+
+
+def ranked_by(recipe: Options) -> dict:
+    def make(_: Path) -> _training.Arrays:
+        folder = fine_tuned(recipe)
+        found = asked("scifact", judge_split(recipe["split"]))
+        docs, queries = both_sides(folder, found)
+        return rankings(queries.array, docs.array)
+
+    return kept(recipe, make, "pairwise", "keeping")
+
+
+def adore(recipe: Options, below: Options) -> dict:
+    """The query side alone, against the documents of a fine-tuned model."""
+    recipe = {**recipe, "documents_of": below}
+
+    def make(_: Path) -> _training.Arrays:
+        start = fine_tuned(below)
+        found = asked("scifact", recipe["split"])
+        encoder = encoder_of(start)
+        docs = encoder.encode(found.doc_texts, ids=found.doc_ids, show_progress=False)
+        before = docs.array.copy(), fingerprint(encoder.model)
+        folder = model_folder(recipe)
+        train_queries(
+            start,
+            docs,
+            Texts(found.query_ids, found.query_texts),
+            found.qrels,
+            folder,
+            dims=DIMS,
+            holdout=0,
+            keep=recipe["keep"],
+            settings=settings_of(recipe, recipe["seed"]),
+        )
+        test = asked("scifact", judge_split(recipe["split"]))
+        queries = encoder_of(folder).encode(test.query_texts, role="query", show_progress=False)
+        docs.space.check_same(queries.space)
+        after = fingerprint(TextEncoder(start).model)  # what would encode them again
+        same = np.array_equal(docs.array, before[0]) and after == before[1]
+        return {**rankings(queries.array, docs.array), "documents_same": np.array(same)}
+
+    return kept(recipe, make, "dynamic", "keeping")
+
+
+def scifact_recipes(seed: int) -> dict[str, tuple[Options, Options | None]]:
+    """Every method's recipe for the test queries, after choosing its settings (seed 0) once."""
+    chosen_on = asked("scifact", "choose")
+
+    def tried(method: str, settings: list[Options], more: Options) -> Options:
+        found = [
+            (
+                one,
+                reciprocal_rank(ranked_by(recipe_of(method, "fit", {**more, **one}, 0)), chosen_on),
+            )
+            for one in settings
+        ]
+        return {**more, **best(found, method)}
+
+    plain = tried("random_negatives", grid(RANDOM_GRID), {})
+    hard = tried("star", grid(STAR_GRID), plain)
+    below = recipe_of("star", "fit", hard, 0)
+    found = [
+        (
+            one,
+            reciprocal_rank(
+                adore(recipe_of("adore", "fit", adore_options(one), 0), below), chosen_on
+            ),
+        )
+        for one in grid(ADORE_GRID)
+    ]
+    dynamic = adore_options(best(found, "adore"))
+    star = recipe_of("star", "train", hard, seed)
+    return {
+        "random_negatives": (recipe_of("random_negatives", "train", plain, seed), None),
+        "star": (star, None),
+        "adore": (recipe_of("adore", "train", dynamic, seed), star),
+        "star_mapped": (recipe_of("star_mapped", "train", hard, seed), None),
+    }
+
+
+def adore_options(one: Options) -> Options:
+    return {**one, "steps": ADORE_STEPS}
+
+
+def frozen(method: str) -> dict:
+    """Rankings of frozen vectors: cut, or through the supervised adaptor."""
+
+    def make(_: Path) -> _training.Arrays:
+        docs, queries = (side.array for side in untuned("scifact", "test"))
+        if method == "adaptor_supervised":
+            adaptor = supervised_adaptor("train")
+            docs, queries = adaptor.transform(docs), adaptor.transform(queries)
+        return rankings(queries, docs)
+
+    return kept({"dataset": "scifact", "method": method, "seed": 0}, make)
+
+
+def scifact_stored(seeds: list[int]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for method in ("truncation", "adaptor_supervised"):
+        found[method] = [frozen(method)]
+    for seed in seeds:
+        for method, (recipe, below) in scifact_recipes(seed).items():
+            stored = ranked_by(recipe) if below is None else adore(recipe, below)
+            found.setdefault(method, []).append(stored)
+    return found
+
+
+COMPARED = (
+    ("star", "random_negatives"),
+    ("adore", "random_negatives"),
+    ("adore", "star"),
+    ("random_negatives", "adaptor_supervised"),
+    ("star", "adaptor_supervised"),
+    ("adore", "adaptor_supervised"),
+    ("star_mapped", "adaptor_supervised"),
+)
+
+
+def scifact(seeds: list[int]) -> list[dict[str, Any]]:
+    stored = scifact_stored(seeds)
+    test, train = asked("scifact", "test"), asked("scifact", "train")
+    named = {d for graded in train.qrels.values() for d, grade in graded.items() if grade > 0}
+    unseen = [
+        row
+        for row, query in enumerate(test.query_ids)
+        if not any(doc in named for doc, grade in test.qrels[query].items() if grade > 0)
+    ]
+    rows = []
+    for name, keep in (("scifact", range(len(test.query_ids))), ("scifact_unseen", unseen)):
+        values = {method: ndcg(many, test)[:, list(keep)] for method, many in stored.items()}
+        rows += table(name, values, COMPARED, seeds)
+    identical = all(bool(one["documents_same"]) for one in stored["adore"])
+    rows.append(
+        {
+            "dataset": "scifact",
+            "method": "adore",
+            "metric": "document vectors bit-identical after training",
+            "identical": identical,
+            "n": len(test.doc_ids),
+        }
+    )
+    return rows
