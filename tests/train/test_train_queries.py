@@ -12,6 +12,7 @@ pytest.importorskip("sentence_transformers", reason="nestvec[text]")
 pytest.importorskip("accelerate", reason="nestvec[text]")
 
 import tiny_model  # noqa: E402  # behind importorskip
+from safetensors.torch import load_file  # noqa: E402
 
 import nestvec as nv  # noqa: E402
 from nestvec.corpus import Texts  # noqa: E402
@@ -24,6 +25,7 @@ from nestvec.errors import (  # noqa: E402
 from nestvec.train import DynamicNegatives, Settings, train_queries  # noqa: E402
 from nestvec.train import dynamic as dynamic_module  # noqa: E402
 from nestvec.train.dynamic import lambda_weights, ranked  # noqa: E402
+from nestvec.train.text import TextTrainer  # noqa: E402
 
 DIMS = (4, 8)
 QUICK: dict[str, Any] = {"batch_size": 13, "epochs": 20, "learning_rate": 3e-3, "save_every": 30}
@@ -206,6 +208,37 @@ def test_same_command_goes_on_and_another_one_is_refused(trained, model, judged)
         train_queries(model, docs, queries, qrels, found.folder, k=9, **options)
     with pytest.raises(TrainingError, match="documents was"):
         train_queries(model, docs[::-1], queries, qrels, found.folder, **options)
+
+
+def test_interrupted_training_goes_on_to_the_very_same_weights(
+    model, judged, tmp_path, monkeypatch
+):
+    docs, queries, qrels = judged
+    settings = Settings(batch_size=8, max_steps=6, learning_rate=1e-3, save_every=2)
+    options: dict[str, Any] = {"dims": "8,32", "holdout": 0, "keep": 1, "settings": settings}
+    whole = train_queries(model, docs, queries, qrels, tmp_path / "whole", **options)
+    step = TextTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TextTrainer, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_queries(model, docs, queries, qrels, tmp_path / "part", **options)
+    again = train_queries(model, docs, queries, qrels, tmp_path / "part", **options)
+    weights = [load_file(one.folder / "model.safetensors") for one in (whole, again)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0)
+
+
+def test_loss_that_is_no_number_stops_the_training(model, judged, tmp_path):
+    docs, queries, qrels = judged
+    wild = Settings(batch_size=8, max_steps=9, learning_rate=1e30, warmup=0)
+    with pytest.raises(TrainingError, match="training stopped at step"):
+        train_queries(model, docs, queries, qrels, tmp_path / "q", settings=wild)
 
 
 def test_second_round_starts_from_the_first_and_stays_in_the_space(trained, judged, tmp_path):
