@@ -81,12 +81,13 @@ def trained(method: str, rate: float, seed: int) -> _training.Arrays:
         seconds = train(folder / "lora", lora, rate, seed)
         found: _training.Arrays = {"seconds": np.float64(seconds), "machine": np.array(machine())}
         for each in RANKS if method == "dylora" else (rank,):
-            found |= cosines(folder / "lora", each, f"{each}")
+            found |= cosines(load_lora(folder / "lora", rank=each), f"{each}")
         if method == PLAIN:
             for each in RANKS[:-1]:
                 for name, alpha in (("cut", ALPHA * each // LARGEST), ("rescaled", ALPHA)):
                     by_hand(folder / "lora", folder / "cut", each, alpha)
-                    found |= cosines(folder / "cut", None, f"{name}-{each}")
+                    encoder = load_lora(folder / "cut")
+                    found |= cosines(encoder, f"{name}-{each}", splits=("test",))
         return found
 
     return _training.kept(NAME, recipe, make, code=_training.trained_by(*CODE))
@@ -133,13 +134,11 @@ def by_hand(lora: Path, output: Path, rank: int, alpha: int) -> None:
     save_file(state, output / "adapter_model.safetensors", {"format": "pt"})
 
 
-def cosines(folder: Path, rank: int | None, name: str) -> _training.Arrays:
-    return cosines_of(load_lora(folder, rank=rank), name)
-
-
-def cosines_of(encoder: TextEncoder, name: str) -> _training.Arrays:
+def cosines(
+    encoder: Any, name: str, *, splits: tuple[str, ...] = ("dev", "test")
+) -> _training.Arrays:
     found = {}
-    for split in ("dev", "test"):
+    for split in splits:
         first, second = (encoder.encode(texts).array for texts in pairs(split).texts)
         found[f"{split}-{name}"] = (first * second).sum(axis=1)
     return found
@@ -147,7 +146,7 @@ def cosines_of(encoder: TextEncoder, name: str) -> _training.Arrays:
 
 def untuned() -> _training.Arrays:
     recipe = {"dataset": "stsb", "method": "untuned", "seed": 0, "rows": RECIPE["rows"]}
-    return _training.kept(NAME, recipe, lambda _: cosines_of(TextEncoder(MODEL), "0"), code="")
+    return _training.kept(NAME, recipe, lambda _: cosines(TextEncoder(MODEL), "0"), code="")
 
 
 def machine() -> str:
