@@ -60,6 +60,8 @@ _TYPED = {
     "nestvec.Index.create() makes one": "nestvec index create makes one",
     "upsert() replaces rows, add() only adds them": "nestvec index upsert replaces rows, add "
     "only adds them",
+    "drop_pending=True deletes them": "--drop-pending deletes them",
+    "nestvec.upgrade.Upgrade.start() begins one": "nestvec upgrade start begins one",
     "missing_ok=True deletes the others": "--missing-ok deletes the others",
     "set n_queries to": "add --n-queries",
     "with precision='float32'": "with --precision float32",

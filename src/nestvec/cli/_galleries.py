@@ -34,6 +34,7 @@ class Filed:
 
         self._docs = Embeddings.load(path, space=model_name)
         self.space = self._docs.space
+        self.new_space = None
         k = k or 10
         at_size = f"{dims}@{k}" if dims else None
         self._plan = as_plan(plan or at_size, dim=self._docs.dim, k=k)
@@ -91,6 +92,7 @@ class Indexed:
     ) -> None:
         self._index = open_index(path)
         self.space = self._index.space
+        self.new_space = self._index.upgrading_to
         self._how: dict[str, Any] = {
             "k": k,
             "plan": plan,

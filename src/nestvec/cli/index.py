@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from nestvec.cli._index import (
     open_index,
 )
 from nestvec.errors import DataError, SpaceError
+from nestvec.space import Embeddings
 
 HELP = "Keep vectors on disk, durable and searchable while they change."
 
@@ -274,14 +276,19 @@ def _write(
 
     opened = open_index(index, durability=durability)
     rows = open_rows(source, vector=vector, id=id)
+    space = opened.space
     if rows.stamp is not None:
-        opened.space.check_same(rows.stamp)
+        new = opened.upgrading_to
+        space = new if new is not None and new.space_id == rows.stamp.space_id else space
+        space.check_same(rows.stamp)
     if like(opened.space, model_name) is None and rows.stamp is None:
         raise SpaceError(no_stamp(source, opened.space.model or opened.space.space_id))
     names = [name for name in opened.schema.names if name not in ("id", "vector")]
     id_type = id_type_of(opened)
     given = None if ids is None else as_ids(read_lines(ids), id_type)
-    new = batches(rows, opened.space, names, given, numbered=False)
+    new = batches(rows, space, names, given, numbered=False)
+    if space is not opened.space:
+        new = (replace(one, vectors=Embeddings(one.vectors, space)) for one in new)
     try:
         done = getattr(opened, how)(new)
     except DataError as error:

@@ -157,7 +157,9 @@ def search(
         asked = found.read(queries, model_name)
         found.show([str(i) for i in asked.ids.tolist()], asked, json)
         return
-    ask = _encoder_like(found.space, model, max_length, map or [], allow_untrained)
+    # another model than the gallery's is the one that it is upgraded to
+    space = found.space if model is None or found.new_space is None else found.new_space
+    ask = _encoder_like(space, model, max_length, map or [], allow_untrained)
     if query is None and sys.stdin.isatty():
         for words in prompted("search (an empty line ends)"):
             found.show([words], ask([words]), json)

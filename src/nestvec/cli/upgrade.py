@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from nestvec.cli import _upgrade_live as live
 from nestvec.cli._common import (
     Dims,
     Json,
@@ -263,3 +264,11 @@ def apply(
         print_json({"output": str(output), "n": len(moved), "space": describe(moved.space)})
     else:
         out.print(f"{output}: {moved!r}", markup=False)
+
+
+app.command(epilog=live.PLAN_EPILOG)(live.plan)
+app.command(epilog=live.START_EPILOG)(live.start)
+app.command(epilog=live.STATUS_EPILOG)(live.status)
+app.command(epilog=live.BACKFILL_EPILOG)(live.backfill)
+app.command(epilog=live.FINISH_EPILOG)(live.finish)
+app.command(epilog=live.ROLLBACK_EPILOG)(live.rollback)

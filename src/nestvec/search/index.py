@@ -238,6 +238,13 @@ class Index:
         return self._store.layout.space
 
     @property
+    def upgrading_to(self) -> Space | None:
+        """The Space that an upgrade under way leads to: its queries are answered, too."""
+        self._follow()
+        found = self._upgrading()
+        return None if found is None else found.space
+
+    @property
     def schema(self) -> Any:
         """The columns, a pyarrow.Schema: id, vector, then the payload."""
         return self._store.layout.schema

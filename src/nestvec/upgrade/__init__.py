@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestvec.upgrade.bridge import BRIDGES, fit
     from nestvec.upgrade.compatibility import CompatibilityMatrix, compatibility_matrix
-    from nestvec.upgrade.estimate import Estimate, estimate
+    from nestvec.upgrade.estimating import Estimate, estimate
     from nestvec.upgrade.judgement import AtSize, Judgement, judge
     from nestvec.upgrade.live import Status, Upgrade
     from nestvec.upgrade.prefix import compatible_prefix
@@ -18,13 +18,13 @@ _HOME = {
     "AtSize": "nestvec.upgrade.judgement",
     "BRIDGES": "nestvec.upgrade.bridge",
     "CompatibilityMatrix": "nestvec.upgrade.compatibility",
-    "Estimate": "nestvec.upgrade.estimate",
+    "Estimate": "nestvec.upgrade.estimating",
     "Judgement": "nestvec.upgrade.judgement",
     "Status": "nestvec.upgrade.live",
     "Upgrade": "nestvec.upgrade.live",
     "compatibility_matrix": "nestvec.upgrade.compatibility",
     "compatible_prefix": "nestvec.upgrade.prefix",
-    "estimate": "nestvec.upgrade.estimate",
+    "estimate": "nestvec.upgrade.estimating",
     "fit": "nestvec.upgrade.bridge",
     "judge": "nestvec.upgrade.judgement",
 }

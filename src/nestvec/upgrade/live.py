@@ -49,7 +49,7 @@ from nestvec.upgrade import backfill as filling
 from nestvec.upgrade import finish as finishing
 from nestvec.upgrade.bridge import fit
 from nestvec.upgrade.calibration import calibrate
-from nestvec.upgrade.estimate import duration
+from nestvec.upgrade.estimating import duration
 from nestvec.upgrade.order import check_order
 from nestvec.upgrade.sources import NewVectors, Source, check_column
 
@@ -346,6 +346,16 @@ class Upgrade:
         with self.index._written() as store, store.locked():  # the new one
             tidy(store)
         return n_rows
+
+    @classmethod
+    def complete(cls, index: Index | str | os.PathLike[str]) -> bool:
+        """Remove what a finish left that was killed after the index was the new one.
+
+        Tells whether there was such; it is waste, and `nestvec.Index.compact` removes it, too.
+        """
+        found = _opened(index, False)
+        with found._written() as store, store.locked():
+            return tidy(store)
 
     def rollback(self) -> NDArray[Any]:
         """Drop the new vectors: the index answers as before.
