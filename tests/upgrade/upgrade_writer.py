@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -210,12 +211,12 @@ def write_for_ever(path, seed, log):
 
 
 def kills(path):
-    """For every line ``seed ms`` fork a writer and kill it after as many milliseconds."""
+    """For every line ``seed steps ms`` fork a writer, and kill it so long after it began them."""
     for line in sys.stdin:
-        seed, ms = line.split()
+        seed, steps, ms = line.split()
         log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         pid = forked(lambda seed=int(seed), log=log: write_for_ever(path, seed, log))
-        while not os.fstat(log).st_size:
+        while Path(f"{path}.log").read_text().count("begin") < int(steps):
             time.sleep(0.001)
         time.sleep(float(ms) / 1000)
         os.kill(pid, signal.SIGKILL)
@@ -237,12 +238,13 @@ def forked(work):
 
 
 def watches(path):
-    """Search by the model of the index until told to end; say how many answers, and models."""
+    """Search by the model of the index until told to end; say how many answers, and its model."""
     index = Index.open(path)
-    model, n, models = model_of(index), 0, set()
+    model, n, ends = model_of(index), 0, False
     sys.stdout.write("open\n")
     sys.stdout.flush()
-    while not select.select([sys.stdin], [], [], 0.01)[0]:  # the others are to come to something
+    while not ends:
+        ends = bool(select.select([sys.stdin], [], [], 0.01)[0])  # others are to come to something
         asked = queries(model)
         try:
             hits = index.search(asked, columns=["text"])
@@ -251,9 +253,8 @@ def watches(path):
             asked = queries(model)
             hits = index.search(asked, columns=["text"])
         assert_true(hits, asked, model)
-        models.add(model)
         n += 1
-    sys.stdout.write(json.dumps([n, len(models)]) + "\n")
+    sys.stdout.write(json.dumps([n, model]) + "\n")
 
 
 def assert_true(hits, asked, model):

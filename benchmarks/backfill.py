@@ -1,0 +1,251 @@
+"""How good is a gallery that is partly upgraded, and how much of the gain comes how early?
+
+    python benchmarks/backfill.py [--sets scifact,npl] [--seeds 0,1,2] [--try]
+
+An index of a weaker model's vectors is upgraded to a better one by `nestvec.upgrade.Upgrade`: a
+bridge from a tenth of the rows, then rows are re-embedded in steps of 10%, in each order. After
+each step the new model's queries search the index as it is. Three figures:
+
+* nDCG@10, all queries of the test split alike;
+* nDCG@10 by traffic: queries are asked with a frequency of 1/rank, in an order drawn by seed, and
+  count as often as they are asked. A log of 2,000 of them, with what the index returned for each
+  before the backfill, is what the order "traffic" goes by;
+* recall@10: the share of what full re-embedding finds.
+
+The old model is all-MiniLM-L6-v2 left after layer 3 of its 6, the new one is all of it. Rows are
+re-embedded from the index's own texts' vectors, which are kept, so no step encodes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import _frame
+import _sets
+import numpy as np
+
+import nestvec as nv
+from nestvec.encoders import TextEncoder
+from nestvec.measurement.bootstrap import Estimate, resample
+from nestvec.measurement.metrics import per_query
+from nestvec.upgrade import Upgrade
+from nestvec.upgrade.order import ORDERS, count_ids
+
+NAME = "backfill"
+QUESTION = "How good is a gallery that is partly upgraded, in each order?"
+PAIR = "all-MiniLM-L6-v2 after layer 3 -> all-MiniLM-L6-v2"
+STEPS = 10
+LOGGED = 2000  # queries
+K = 10
+METRICS = ("nDCG@10", "nDCG@10 by traffic", "recall@10")
+
+
+def old_vectors(found: _sets.Retrieval) -> tuple[nv.Embeddings, nv.Embeddings]:
+    """Return documents and queries by the old model, made once."""
+    folder = _frame.cache_folder("vectors")
+    model = None
+    sides = []
+    for part, of, texts in zip(
+        ("document", "query"), (found.docs, found.queries), found.texts, strict=True
+    ):
+        path = folder / f"{found.name}-cut3-{part}.safetensors"
+        if not path.is_file():
+            if model is None:
+                whole = copy.deepcopy(TextEncoder(_sets.MODEL).model)
+                layers: Any = whole[0].auto_model.encoder
+                layers.layer = layers.layer[:3]
+                model = TextEncoder(whole)
+            model.encode(texts, role=part, ids=of.ids.tolist(), show_progress=True).save(path)
+        sides.append(nv.load(path))
+    return sides[0], sides[1]
+
+
+def zipf(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return how often each query is asked, (n,), in all 1."""
+    shares = 1 / (1 + rng.permutation(n))
+    return shares / shares.sum()
+
+
+class Upgraded:
+    """One set, one seed: an index, its queries, and what is measured on it."""
+
+    def __init__(self, found: _sets.Retrieval, old: nv.Embeddings, seed: int, place: Path) -> None:
+        self.found, self.seed, self.place = found, seed, place
+        self.rng = np.random.default_rng([seed, 1])
+        asked = [i for i, q in enumerate(found.queries.ids.tolist()) if found.qrels.get(q)]
+        self.asks = found.queries[np.array(asked)]
+        self.often = zipf(len(self.asks), self.rng)
+        full = self.asks.array @ found.docs.array.T
+        self.best = found.docs.ids[np.argsort(-full, axis=1, kind="stable")[:, :K]]
+        shutil.rmtree(place, ignore_errors=True)
+        self.begun = place / "begun.nest"
+        nv.Index.create(self.begun, old, durability="process")
+        n = len(found.docs) // STEPS
+        self.sample = found.docs[np.sort(self.rng.permutation(len(found.docs))[:n])]
+
+    def values(self, index: nv.Index) -> np.ndarray:
+        """Return nDCG@10 and the recall of full re-embedding's ten, (2, n_queries)."""
+        hits = index.search(self.asks, K)
+        names = self.asks.ids.tolist()
+        ndcg = per_query(hits.ids.tolist(), names, self.found.qrels, ["nDCG@10"])["nDCG@10"]
+        kept = [np.isin(a, b).mean() for a, b in zip(self.best, hits.ids, strict=True)]
+        return np.array([ndcg, kept])
+
+    def run(self) -> dict[str, list[tuple[float, np.ndarray]]]:
+        """Return for each order the share that is done, and what it is worth, step by step."""
+        empty = self._copy("empty")
+        none = Upgrade.start(empty, self.sample, version=0)  # none of the sample counts as done
+        at_0 = self.values(none.index)
+        Upgrade.start(self.begun, self.sample, bridge=none.bridge)
+        logged = np.random.default_rng([self.seed, 2]).choice(len(self.asks), LOGGED, p=self.often)
+        returned = none.index.search(self.asks, K).ids[logged]
+        traffic = count_ids(returned.ravel().tolist())
+        found = {}
+        for order in ORDERS:
+            upgrade = Upgrade.open(self._copy(order))
+            steps = [(0.0, at_0)]
+            n = upgrade.status().rows
+            for step in range(1, STEPS + 1):
+                wanted = round(n * step / STEPS) if step < STEPS else n
+                more = wanted - upgrade.status().done
+                if more > 0:
+                    upgrade.backfill(
+                        self.found.docs,
+                        order=order,
+                        traffic=traffic if order == "traffic" else None,
+                        max_rows=more,
+                        seed=self.seed,
+                    )
+                share = upgrade.status().done / n
+                steps.append((share, self.values(upgrade.index)))
+            found[order] = steps
+        shutil.rmtree(self.place)
+        return found
+
+    def _copy(self, name: str) -> Path:
+        return Path(shutil.copytree(self.begun, self.place / f"{name}.nest"))
+
+
+def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
+    """Return the rows of one set: steps of each order, over all seeds."""
+    found = _sets.retrieval(name)
+    old, old_asks = old_vectors(found)
+    runs = []
+    for seed in seeds:
+        one = Upgraded(found, old, seed, _frame.cache_folder(f"{NAME}-{name}-{seed}"))
+        runs.append((one, one.run()))
+        print(f"{name} seed {seed}", flush=True)
+    scores = old_asks.array @ old.array.T
+    asked = runs[0][0].asks.ids.tolist()
+    ids = old.ids[np.argsort(-scores, axis=1, kind="stable")[:, :K]]
+    ranked = dict(zip(old_asks.ids.tolist(), ids.tolist(), strict=True))
+    old_old = per_query([ranked[q] for q in asked], asked, found.qrels, ["nDCG@10"])["nDCG@10"]
+    rows = [
+        {
+            "dataset": name,
+            "pair": PAIR,
+            "method": "old queries on the old gallery",
+            "metric": "nDCG@10",
+            "value": float(old_old.mean()),
+            "n": len(asked),
+        }
+    ]
+    for order in ORDERS:
+        rows += steps_of(name, order, [(one, by_order[order]) for one, by_order in runs], seeds)
+    return rows
+
+
+def steps_of(
+    name: str, order: str, runs: list[tuple[Upgraded, list[Any]]], seeds: list[int]
+) -> list[dict[str, Any]]:
+    """Return the rows of one order: each step's figures, and what they come to."""
+    n_asks = len(runs[0][0].asks)
+    head = {"dataset": name, "pair": PAIR, "order": order, "n": n_asks * len(seeds)}
+    head["n_pairs"] = len(runs[0][0].sample)
+    shares = [share for share, _ in runs[0][1]]
+    rows = []
+    for metric in METRICS:
+        # (steps, seeds * queries): a value a query, as often as it counts
+        weights = np.concatenate(
+            [
+                one.often * n_asks if metric == "nDCG@10 by traffic" else np.ones(n_asks)
+                for one, _ in runs
+            ]
+        )
+        values = np.array(
+            [
+                np.concatenate([steps[step][1][int(metric == "recall@10")] for _, steps in runs])
+                for step in range(STEPS + 1)
+            ]
+        )
+        found = resample(values * weights, seed=0)
+        low, high = found.interval()
+        for step, share in enumerate(shares):
+            rows.append(
+                {
+                    **head,
+                    "method": "partial backfill",
+                    "metric": metric,
+                    "share_backfilled": round(share, 4),
+                    "value": float(found.value[step]),
+                    "low": float(low[step]),
+                    "high": float(high[step]),
+                }
+            )
+        rows += come_to(head, metric, found)
+    return rows
+
+
+def come_to(head: dict[str, Any], metric: str, found: Estimate) -> list[dict[str, Any]]:
+    """Return where 90% of the gain is reached, and how far any step falls below the one before."""
+    value = found.value
+    gain = value[-1] - value[0]
+    reached = np.flatnonzero(value - value[0] >= 0.9 * gain) / STEPS
+    falls = value[1:] - value[:-1]
+    worst = int(falls.argmin())
+    draws = found.draws[:, worst + 1] - found.draws[:, worst]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return [
+        {
+            **head,
+            "method": "first step with 90% of the gain",
+            "metric": metric,
+            "value": float(reached[0]),
+            "share": float((value[STEPS // 2] - value[0]) / gain) if gain else 0.0,
+            "note": f"gain {gain:.4f} from 0 to 100%; share: of the gain, with half of the rows",
+        },
+        {
+            **head,
+            "method": "smallest change in a step",
+            "metric": metric,
+            "value": float(falls[worst]),
+            "low": float(low),
+            "high": float(high),
+            "note": f"from {10 * worst}% to {10 * worst + 10}%; monotone within noise if high >= 0",
+        },
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--sets", default="scifact,npl")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--try", dest="trial", action="store_true", help="one seed, no result file")
+    asked = parser.parse_args()
+    sets = asked.sets.split(",")
+    seeds = [0] if asked.trial else [int(seed) for seed in asked.seeds.split(",")]
+    meta = _frame.meta(seeds=seeds, data=sets, question=QUESTION)
+    rows = [row for name in sets for row in measured(name, seeds)]
+    for row in rows:
+        said = [row.get(key, "") for key in ("dataset", "order", "method", "metric")]
+        print(*said, row.get("share_backfilled", ""), f"{row['value']:.4f}", row.get("share", ""))
+    if not asked.trial:
+        _frame.write(NAME, rows, meta)
+
+
+if __name__ == "__main__":
+    main()
