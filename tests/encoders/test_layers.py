@@ -13,7 +13,7 @@ import tiny_model  # noqa: E402  # behind importorskip
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 
-from nestvec.encoders.layers import Layers, cut_after, parse_layers, reading  # noqa: E402
+from nestvec.encoders.layers import Layers, parse_layers, reading  # noqa: E402
 from nestvec.errors import DataError, ModelError  # noqa: E402
 
 TEXTS = ["wing flow", "heat of the jet in a lift and a shock", "drag"]
@@ -70,10 +70,10 @@ def test_a_layer_that_is_read_is_the_model_cut_there_also_when_saved(name, token
     model = model_of(name, tokenizer, tmp_path / "whole", modules.Normalize())
     rows = read(model, (1, 2, 3))
     for layer in (1, 2, 3):
-        cut = cut_after(model, layer)
+        cut = Layers(model).cut(layer)
         np.testing.assert_allclose(cut.encode(TEXTS), rows[:, layer - 1], atol=1e-6)
     np.testing.assert_allclose(model.encode(TEXTS), rows[:, 2], atol=1e-6)
-    shorter = cut_after(model, 2)
+    shorter = Layers(model).cut(2)
     shorter.save_pretrained(str(tmp_path / "cut"), create_model_card=False)
     again = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
     assert Layers(again).n == transformer_of(again).config.num_hidden_layers == 2
@@ -85,7 +85,7 @@ def test_a_dense_and_a_norm_behind_the_pooling_are_passed_by_every_layer(tokeniz
     rows = read(model, (1, 3))
     assert rows.shape == (3, 2, 8)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=2), 1, atol=1e-6)
-    np.testing.assert_allclose(cut_after(model, 1).encode(TEXTS), rows[:, 0], atol=1e-6)
+    np.testing.assert_allclose(Layers(model).cut(1).encode(TEXTS), rows[:, 0], atol=1e-6)
 
 
 def test_the_model_is_left_as_it_was(tokenizer, tmp_path):
@@ -93,7 +93,7 @@ def test_the_model_is_left_as_it_was(tokenizer, tmp_path):
     before = model.encode(TEXTS)
     forward, training = model[0].forward, model.training
     read(model, (1, 2))
-    cut = cut_after(model, 1)
+    cut = Layers(model).cut(1)
     assert model[0].forward == forward
     assert model.training == training
     assert not transformer_of(model).config.output_hidden_states
@@ -106,7 +106,7 @@ def test_the_model_is_left_as_it_was(tokenizer, tmp_path):
 def test_a_cut_model_has_its_weights_in_common_with_the_whole(tokenizer, tmp_path):
     model = model_of("bert", tokenizer, tmp_path)
     own = {id(parameter) for parameter in model.parameters()}
-    assert all(id(parameter) in own for parameter in cut_after(model, 2).parameters())
+    assert all(id(parameter) in own for parameter in Layers(model).cut(2).parameters())
 
 
 def test_gradients_reach_an_early_layer_and_none_above_it(tokenizer, tmp_path):

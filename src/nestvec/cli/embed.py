@@ -28,6 +28,8 @@ Examples:
 
   nestvec embed docs.csv -o docs.safetensors --map nest/     (embedded, then mapped)
 
+  nestvec embed docs.jsonl -o docs.safetensors --model my-model --layer 3   (half the encoder)
+
   nestvec embed cifar.npz --split test -o test.safetensors --model resnet/ --labels test.txt
 """
 
@@ -74,6 +76,13 @@ def embed(
         int | None,
         typer.Option(help="Tokens read of each text; by default the model's.", show_default=False),
     ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Leave the model after this transformer layer, counted from 1.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the images, like train.", show_default=False)
     ] = None,
@@ -101,6 +110,7 @@ def embed(
         "document_prompt": document_prompt,
         "query_prompt": query_prompt,
         "max_length": max_length,
+        "layer": layer,
     }
     if is_image_model(model):
         _refuse({**of_text, "column": column}, f"{model} is an image model")

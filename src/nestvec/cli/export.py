@@ -1,4 +1,4 @@
-"""nestvec export: an encoder as one ONNX file."""
+"""nestvec export: an encoder as one ONNX file, or a shorter one as a folder of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ Examples:
   nestvec export resnet/ -o resnet.onnx --dim 64
 
   nestvec export all-MiniLM-L6-v2 -o minilm.onnx
+
+  nestvec export my-model -o small/ --layer 3 --dim 64    (a sentence-transformers folder)
+
+  nestvec export my-model -o small.onnx --layer 3 --dim 64
 """
 
 
@@ -28,8 +32,21 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="A name in .onnx.", show_default=False)
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A name in .onnx, or else a folder for sentence-transformers.",
+            show_default=False,
+        ),
     ],
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="End a text model after this transformer layer, counted from 1.",
+            show_default=False,
+        ),
+    ] = None,
     dim: Annotated[
         int | None,
         typer.Option(help="Cut to this prefix, then normalise.", show_default=False),
@@ -39,10 +56,12 @@ def export(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Export an encoder to ONNX, checked to return the encoder's vectors."""
+    """Export an encoder to ONNX, or a text model to a folder, checked to give its vectors."""
+    from nestvec.encoders.folder import export_folder
     from nestvec.encoders.onnx import export_onnx
 
-    space = export_onnx(model, output, dim=dim, allow_untrained=allow_untrained)
+    write = export_onnx if output.suffix.lower() == ".onnx" else export_folder
+    space = write(model, output, layer=layer, dim=dim, allow_untrained=allow_untrained)
     if json:
         print_json({"output": str(output), "space": describe(space)})
     else:

@@ -194,6 +194,7 @@ def _encoder_like(
             revision=space.revision if commit and model is None else None,
             document_prompt=space.document_prompt,
             query_prompt=space.query_prompt,
+            layer=space.layer,
             max_length=max_length,
         )
     except ModelError as error:

@@ -30,6 +30,8 @@ def encode(
     *,
     model: Any = "all-MiniLM-L6-v2",
     role: Role = "document",
+    dim: int | None = None,
+    allow_untrained: bool = False,
     ids: Any = None,
     resume: str | os.PathLike[str] | None = None,
     show_progress: bool | None = None,
@@ -48,8 +50,10 @@ def encode(
         call.
     role, ids, resume, show_progress
         See `Encoder.encode`.
+    dim, allow_untrained
+        Cut to this prefix, as `Embeddings.prefix` does.
     **settings
-        Of `TextEncoder` (``revision``, ``document_prompt``, ``batch_size``, ...), of
+        Of `TextEncoder` (``revision``, ``document_prompt``, ``layer``, ``batch_size``, ...), of
         `ImageEncoder` for an image model, or of `CallableEncoder` for a callable.
 
     Returns
@@ -61,9 +65,12 @@ def encode(
     ------
     DataError, ModelError, MissingExtraError
         See `Encoder.encode`, `TextEncoder` and `ImageEncoder`.
+    DimensionError
+        If ``dim`` does not fit; see `Embeddings.prefix`.
     """
     encoder = encoder_of(model, **settings)
-    return encoder.encode(items, role=role, ids=ids, resume=resume, show_progress=show_progress)
+    found = encoder.encode(items, role=role, ids=ids, resume=resume, show_progress=show_progress)
+    return found if dim is None else found.prefix(dim, allow_untrained=allow_untrained)
 
 
 def encoder_of(model: Any, **settings: Any) -> Encoder:
@@ -90,6 +97,8 @@ def encoder_of(model: Any, **settings: Any) -> Encoder:
 
 @functools.lru_cache(maxsize=2)
 def _loaded(model: str, changed: int, **settings: Any) -> Encoder:
+    if is_image_model(model) and settings.get("layer") is not None:
+        raise ModelError(f"{model} is an image model, which cannot be left after a layer.")
     if _is_adapter(Path(model)):
         from nestvec.train.lora_files import load_lora
 

@@ -159,12 +159,12 @@ class Encoder(ABC):
         if resume is not None:
             differs = f"{self._unit}, model, role or batch size"
             store = Chunks(Path(resume), self._key(items, role), "encoding", differs)
-        vectors = np.empty((len(items), space.dim), dtype=np.float32)
+        vectors = np.empty((len(items), space.size), dtype=np.float32)
         n_resumed = 0
         label = f"encoding {PLURAL[role]}"
         with progress(label, len(items), show=show, unit=self._unit) as advance:
             for number, rows in enumerate(_split(order, self.batch_size * _CHUNK_BATCHES)):
-                found = store.read(number, (len(rows), space.dim)) if store else None
+                found = store.read(number, (len(rows), space.size)) if store else None
                 if found is None:
                     done = []
                     for batch in _split(rows, self.batch_size):
@@ -235,10 +235,10 @@ class Encoder(ABC):
     ) -> NDArray[np.float32]:
         space = self.space
         name = f"what the model returned for the batch of row {rows[0]}"
-        matrix = _checks.as_matrix(self._vectors(items, role), name=name, dim=space.dim)
+        matrix = _checks.as_matrix(self._vectors(items, role), name=name, dim=space.size)
         if len(matrix) != len(items):
             raise DataError(f"{name}: {len(matrix)} vectors for {len(items)} {self._unit}.")
-        return _checks.normalise(matrix, name=name) if space.normalisation == "l2" else matrix
+        return _checks.normalise(matrix, name=name) if space.has_unit_rows else matrix
 
     def _key(self, items: Items, role: Role) -> str:
         """Hash everything that decides what a chunk holds."""

@@ -124,6 +124,33 @@ class Layers:
             found.append(one["sentence_embedding"])
         return torch.stack(found, dim=1)
 
+    def cut(self, layer: int) -> Any:
+        """Return a model that ends after a layer and shares its weights with this one.
+
+        The layers above are not in it, and its config says how many are left, so what is saved of
+        it is a smaller model. Raises `DataError` if there is no such layer.
+        """
+        (layer,) = parse_layers([layer], self.n)
+        weights = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        with self._shortened(layer):  # so that no copy is made of the layers above
+            shorter = copy.deepcopy(self.model, weights)
+        config = shorter[0].auto_model.config
+        if (kinds := getattr(config, "layer_types", None)) is not None:
+            config.layer_types = list(kinds)[:layer]
+        if (trained := getattr(config, "matryoshka_layers", None)) is not None:
+            config.matryoshka_layers = [one for one in trained if one <= layer]
+        config.num_hidden_layers = layer
+        return shorter
+
+    @contextlib.contextmanager
+    def _shortened(self, layer: int) -> Iterator[None]:
+        whole = self._stack
+        setattr(self._holder, self._name, whole[:layer])
+        try:
+            yield
+        finally:
+            setattr(self._holder, self._name, whole)
+
     def _states(self, features: Mapping[str, Any]) -> tuple[Tensor, ...]:
         states = features.get("all_layer_embeddings") or ()
         if len(states) != self.n + 1:
@@ -143,16 +170,12 @@ class Layers:
                 for name, value in self.model.preprocess(_PROBE).items()
             }
             read = self.rows(self.model[0](dict(features)), [layer])[:, 0].float()
-            whole = self._stack
-            setattr(self._holder, self._name, whole[:layer])
-            try:
+            with self._shortened(layer):
                 # module by module, as above: a trainer may have wrapped the model's own forward
                 out = dict(features)
                 for module in self.model:
                     out = module(out)
-                cut = out["sentence_embedding"].float()
-            finally:
-                setattr(self._holder, self._name, whole)
+            cut = out["sentence_embedding"].float()
         off = float((read - cut).abs().max() / cut.abs().max().clamp(min=1e-9))
         if not off <= _TOLERANCE:
             raise ModelError(
@@ -188,37 +211,6 @@ def reading(layers: Layers, chosen: Iterable[int]) -> Any:
         prompts=dict(model.prompts),
         default_prompt_name=model.default_prompt_name,
     )
-
-
-def cut_after(model: Any, layer: int) -> Any:
-    """Return a model that ends after a layer; it shares its weights with ``model``, which stays.
-
-    The layers above are not in it, and its config says how many are left, so what is saved of it
-    is a smaller model.
-
-    Raises
-    ------
-    DataError
-        If there is no such layer.
-    ModelError
-        If the layers are kept in a way that is not known (see `Layers`).
-    """
-    layers = Layers(model)
-    (layer,) = parse_layers([layer], layers.n)
-    weights = {id(one): one for one in (*model.parameters(), *model.buffers())}
-    whole = layers._stack
-    setattr(layers._holder, layers._name, whole[:layer])  # so that no copy is made of the others
-    try:
-        shorter = copy.deepcopy(model, weights)
-    finally:
-        setattr(layers._holder, layers._name, whole)
-    config = shorter[0].auto_model.config
-    for name in ("layer_types", "matryoshka_layers"):
-        if (of_each := getattr(config, name, None)) is not None:
-            left = [one for one in of_each if one <= layer] if name != "layer_types" else None
-            setattr(config, name, list(of_each)[:layer] if left is None else left)
-    config.num_hidden_layers = layer
-    return shorter
 
 
 def _stack_of(transformer: Any) -> tuple[tuple[Any, str], Any]:

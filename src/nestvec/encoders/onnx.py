@@ -33,6 +33,7 @@ def export_onnx(
     model: Any,
     path: str | os.PathLike[str],
     *,
+    layer: int | None = None,
     dim: int | None = None,
     allow_untrained: bool = False,
 ) -> Space:
@@ -51,6 +52,8 @@ def export_onnx(
         A `TextEncoder`, an `ImageEncoder`, or what `encode` makes one of (a folder, a hub id).
     path
         Ends in ``.onnx``; a file that stands there is replaced.
+    layer
+        Of a text model: leave it after this layer, so that the file holds no more of it.
     dim
         Cut to this prefix, then L2-normalise.
     allow_untrained
@@ -77,7 +80,7 @@ def export_onnx(
         raise FileFormatError(f"cannot export to {path}: choose a name that ends in .onnx.")
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, extra="onnx", why="exporting to ONNX")
-    encoder = encoder_of(model)
+    encoder = encoder_of(model) if layer is None else encoder_of(model, layer=layer)
     space = encoder.space
     if dim is not None:
         space = space.prefix(dim, allow_untrained=allow_untrained)

@@ -7,6 +7,10 @@ for: a model that was trained further lives in a Space of its own again.
 
 A query encoder that was trained against frozen documents says the same, and that it encodes queries
 alone: its folder names the documents' Space, whose model encodes the documents.
+
+A model that `nestvec export` cut out of a larger one names the larger one's fingerprint, the layer
+it ends after and the full size, so that its vectors live in the Space of the larger model's at that
+layer and prefix.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nestvec._atomic import written_beside
+from nestvec.space import Space
 
 _FILE = "shared_space.json"
 
@@ -36,23 +42,46 @@ def join_queries(folder: Path, own: str, space: str) -> None:
         scratch.write_text(json.dumps(about) + "\n")
 
 
+def stand_for(folder: Path, own: str, space: Space, files: Sequence[str]) -> None:
+    """Say in a model folder that the model is a larger one cut in depth, or to a shorter prefix.
+
+    ``space`` is that of the larger model at this layer and prefix; ``files`` are the names in the
+    folder, so that a later export knows what it may replace.
+    """
+    about = {"own": own, "shared": space.fingerprint, "layer": space.layer, "dim": space.dim}
+    with written_beside(folder / _FILE) as scratch:
+        scratch.write_text(json.dumps(about | {"files": sorted([*files, _FILE])}) + "\n")
+
+
+def stands_for(folder: Path | None, own: str) -> tuple[int | None, int] | None:
+    """Return the layer and the full size that a cut model's folder names, or None for others."""
+    about = _read(folder)
+    if about.get("own") != own or "files" not in about:
+        return None
+    return about["layer"], about["dim"]
+
+
+def files_of_export(folder: Path) -> tuple[str, ...]:
+    """Return the names that an export wrote into a folder; () for a folder that is none."""
+    return tuple(_read(folder).get("files", ()))
+
+
 def is_query_side(folder: Path | None, space: str) -> bool:
     """Return whether the model of a folder encodes queries alone into the Space it names."""
-    if folder is None:
-        return False
-    try:
-        about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return about.get("role") == "query" and about["shared"] == space
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
+    about = _read(folder)
+    return about.get("role") == "query" and about.get("shared") == space
 
 
 def shared(folder: Path | None, own: str) -> str:
     """Return the fingerprint of the Space that a model folder shares, or its own."""
-    if folder is None:
-        return own
+    about = _read(folder)
+    return about.get("shared", own) if about.get("own") == own else own
+
+
+def _read(folder: Path | None) -> dict[str, Any]:
+    """Return what a folder says; {} where it says nothing, or nothing that can be read."""
     try:
-        about = json.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return about["shared"] if about["own"] == own else own
-    except (OSError, ValueError, KeyError, TypeError):
-        return own
+        about = {} if folder is None else json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nestvec import _checks
 from nestvec._extras import require
 from nestvec.encoders import bundled
 from nestvec.encoders._quiet import quiet
@@ -17,10 +19,13 @@ from nestvec.encoders.base import Encoder, Items, Role
 from nestvec.encoders.compatible_with import compatible_with
 from nestvec.encoders.fingerprint import fingerprint
 from nestvec.encoders.image import is_image_model
-from nestvec.encoders.shared_space import is_query_side, shared
+from nestvec.encoders.shared_space import is_query_side, shared, stands_for
 from nestvec.errors import ModelError
-from nestvec.space import Space, known_dims
+from nestvec.space import Embeddings, Space, known_dims
 from nestvec.space.nesting import dims_from_config
+
+if TYPE_CHECKING:
+    from nestvec.encoders.layers import Layers
 
 _TOKENIZED_AT_ONCE = 4096
 
@@ -43,6 +48,11 @@ class TextEncoder(Encoder):
         Tokens at which texts are cut; None takes the model's own. It is set on the model.
     normalise
         L2-normalise each row.
+    layer
+        Leave the model after this transformer layer, counted from 1: the layers above are not run
+        and not kept, and the Space says so (``Space.layer``). None, or the last, is the whole
+        model. Whether an early layer's vectors are any good is for `nestvec.measure` to say:
+        train them with ``train_text(layers=)``.
     device
         As torch names it; None takes an accelerator if there is one.
     trust_remote_code
@@ -53,7 +63,10 @@ class TextEncoder(Encoder):
     Raises
     ------
     ModelError
-        If the model cannot be loaded: not a model folder, unreachable, wrong checksum.
+        If the model cannot be loaded: not a model folder, unreachable, wrong checksum; or if
+        ``layer`` is given and the model keeps its layers in a way that is not known.
+    DataError
+        If the model has no such layer.
     MissingExtraError
         If sentence-transformers is not installed.
     """
@@ -67,6 +80,7 @@ class TextEncoder(Encoder):
         query_prompt: str | None = None,
         max_length: int | None = None,
         normalise: bool = True,
+        layer: int | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int = 64,
@@ -105,6 +119,14 @@ class TextEncoder(Encoder):
         self.normalise = normalise
         self.batch_size = batch_size
         self._name, self._folder = name, folder
+        self._whole: Any = self.model
+        self.layer = None
+        if layer is not None:
+            layers = _layers(self.model)
+            self.model = layers.cut(layer)
+            self.layer = layer if layer < layers.n else None
+        if not self._borrowed:  # it stays as it is: the layers above are of no more use
+            self._whole = fingerprint(self._whole)
         self._dim = len(np.asarray(self._vectors(["word"], "document"))[0])
         self._space = self._describe()
 
@@ -130,10 +152,13 @@ class TextEncoder(Encoder):
         dims = dims or getattr(config, "matryoshka_dimensions", None) or known_dims(self._name)
         unit = self.normalise or type(self.model[-1]).__name__ == "Normalize"
         similarity = str(getattr(self.model, "similarity_fn_name", "") or "")
-        own = fingerprint(self.model)
+        own = fingerprint(self._whole) if self._borrowed else self._whole
+        layer, full = stands_for(self._folder, own) or (None, self._dim)
         return Space(
             fingerprint=shared(self._folder, own),
-            dim=self._dim,
+            dim=full,
+            cut=self._dim if self._dim < full else None,
+            layer=self.layer or layer,
             document_prompt=self.prompts["document"],
             query_prompt=self.prompts["query"],
             normalisation="l2" if unit else "none",
@@ -144,10 +169,50 @@ class TextEncoder(Encoder):
             compatible_with=compatible_with(self._folder, own),
         )
 
+    def encode_layers(
+        self,
+        texts: Any,
+        *,
+        layers: Iterable[int] | str = "all",
+        role: Role = "document",
+        ids: Any = None,
+        resume: str | os.PathLike[str] | None = None,
+        show_progress: bool | None = None,
+    ) -> dict[int, Embeddings]:
+        """Encode texts once and return the vectors of every layer: `encode` for each, in one pass.
+
+        Parameters
+        ----------
+        texts, role, ids, resume, show_progress
+            As in `Encoder.encode`.
+        layers
+            Numbers counted from 1, like ``(2, 4, 6)``, or ``"all"``.
+
+        Returns
+        -------
+        dict
+            Layer -> Embeddings, rising; each what ``TextEncoder(model, layer=layer)`` makes, in its
+            Space. In memory they are (n, dim) float32 a layer. `nestvec.measure` takes them as
+            ``layers``.
+
+        Raises
+        ------
+        DataError, ModelError
+            As `Encoder.encode`; if the model has no such layer, or its layers are not known.
+        """
+        self._look_again()
+        inside = _EveryLayer(self, layers)
+        found = inside.encode(texts, role=role, ids=ids, resume=resume, show_progress=show_progress)
+        self.report = inside.report
+        return inside.apart(found)
+
     def _vectors(self, texts: list[str], role: Role) -> ArrayLike:
-        encode: Any = self.model.encode_query if role == "query" else self.model.encode_document
-        truncate_dim = self.model.truncate_dim
-        self.model.truncate_dim = None
+        return self._rows(self.model, texts, role)
+
+    def _rows(self, model: Any, texts: list[str], role: Role) -> ArrayLike:
+        encode: Any = model.encode_query if role == "query" else model.encode_document
+        truncate_dim = model.truncate_dim
+        model.truncate_dim = None
         try:
             return encode(
                 texts,
@@ -157,7 +222,7 @@ class TextEncoder(Encoder):
                 convert_to_numpy=True,
             )
         finally:
-            self.model.truncate_dim = truncate_dim
+            model.truncate_dim = truncate_dim
 
     def _lengths(self, texts: Items, role: Role) -> tuple[NDArray[np.int64], int | None]:
         """Count tokens; where the model has no ordinary tokenizer, characters."""
@@ -172,6 +237,64 @@ class TextEncoder(Encoder):
             tokens = tokenizer(some, truncation=False, padding=False, verbose=False)["input_ids"]
             lengths.extend(map(len, tokens))
         return np.array(lengths), int(limit)
+
+
+class _EveryLayer(Encoder):
+    """An encoder whose rows are those of several layers, one behind the other."""
+
+    def __init__(self, encoder: TextEncoder, layers: Iterable[int] | str) -> None:
+        from nestvec.encoders.layers import parse_layers, reading
+
+        self.encoder, self.batch_size = encoder, encoder.batch_size
+        self._read = _layers(encoder.model)
+        self.chosen = parse_layers(layers, self._read.n)
+        self._model = reading(self._read, self.chosen)
+        whole = encoder.space
+        last = whole.layer  # the encoder may end early, or be cut out of a larger model
+        self._each = {
+            layer: whole if layer == self._read.n else replace(whole, layer=layer)
+            for layer in self.chosen
+        }
+        self._space = replace(
+            whole,
+            layer=last,
+            dim=whole.size * len(self.chosen),
+            cut=None,
+            nesting_dims=(),
+            normalisation="none",
+            maps=(f"layers:{','.join(map(str, self.chosen))}",),
+        )
+
+    @property
+    def space(self) -> Space:
+        return self._space
+
+    def apart(self, found: Embeddings) -> dict[int, Embeddings]:
+        """Return the Embeddings of each layer, normalised where the encoder's are."""
+        rows = found.array.reshape(len(found), len(self.chosen), -1)
+        apart = {}
+        for place, (layer, space) in enumerate(self._each.items()):
+            array = np.ascontiguousarray(rows[:, place])
+            if space.has_unit_rows:
+                array = _checks.normalise(array, name=f"the vectors of layer {layer}")
+            apart[layer] = found.replaced(array, space)
+        return apart
+
+    def _check_role(self, role: Role) -> None:
+        self.encoder._check_role(role)
+
+    def _vectors(self, texts: list[str], role: Role) -> ArrayLike:
+        with self._read.kept():
+            return self.encoder._rows(self._model, texts, role)
+
+    def _lengths(self, texts: Items, role: Role) -> tuple[NDArray[np.int64], int | None]:
+        return self.encoder._lengths(texts, role)
+
+
+def _layers(model: Any) -> Layers:
+    from nestvec.encoders.layers import Layers
+
+    return Layers(model)
 
 
 def _load_folder(folder: Path, **options: Any) -> Any:
