@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,9 @@ from nestvec.cli._common import (
 )
 from nestvec.space import Embeddings
 
+if TYPE_CHECKING:
+    from nestvec.corpus import RetrievalSet
+
 EPILOG = """
 Examples:
 
@@ -30,6 +34,8 @@ Examples:
   nestvec measure docs.npz --queries asks.npz --qrels qrels.tsv --html report.html
 
   nestvec measure scifact/ --map adaptor=nest/ -o curve.json    (a BEIR folder, embedded first)
+
+  nestvec measure scifact/ --model my-model --layers all -o grid.json    (every layer and size)
 
   nestvec measure train.npz --labels train.txt --test test.npz --test-labels test.txt
 
@@ -95,6 +101,14 @@ def measure(
             help="Encoder for a BEIR folder; by default all-MiniLM-L6-v2.", show_default=False
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a BEIR folder: layers of the encoder to measure too, like 2,4,6, or all; in "
+            "one pass.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(help="Split of a BEIR folder; by default test.", show_default=False),
@@ -123,14 +137,15 @@ def measure(
 
     if output is not None and output.suffix not in (".json", ".csv"):
         fail(f"cannot write rows to {output}: choose a name that ends in .json or .csv.")
-    task, texts, name = _task(
+    task, texts, name, of_layers = _task(
         vectors, queries, qrels, labels, test, test_labels, label_column, second, scores, model,
-        split, work, model_name,
+        layers, split, work, model_name,
     )  # fmt: skip
     from nestvec.measurement import measure as run
 
     curve = run(
         task=task,
+        layers=of_layers,
         maps=_maps(map or []),
         dims=parse_dims(dims) if dims else None,
         baselines=_baselines(baselines),
@@ -147,6 +162,8 @@ def measure(
         print_json({"verdict": curve.verdict(), "rows": curve.rows})
         return
     out.print(curve.table())
+    if of_layers:
+        out.print(curve.layer_table())
     out.print(curve.verdict(), markup=False)
     for missing in curve.notes:
         note(missing)
@@ -166,11 +183,12 @@ def _task(
     second: Path | None,
     scores: Path | None,
     model: str | None,
+    layers: str | None,
     split: str | None,
     work: Path | None,
     model_name: str | None,
-) -> tuple[Any, tuple[list[str], list[str]] | None, str]:
-    """Return what to measure on, the texts if there are any, and a name for the table."""
+) -> tuple[Any, tuple[list[str], list[str]] | None, str, dict[int, Any] | None]:
+    """Return what to measure on, the texts if any, a name for the table, and sides by layer."""
     from nestvec import measurement as m
 
     _all_or_none("retrieval", queries=queries, qrels=qrels)
@@ -187,8 +205,8 @@ def _task(
         }
         if given := [name for name, value in for_vectors.items() if value is not None]:
             fail(f"{vectors} is a BEIR folder, which brings its own; leave out {given[0]}.")
-        return _beir(vectors, model or "all-MiniLM-L6-v2", split or "test", work)
-    for_folders = {"--model": model, "--split": split, "--work": work}
+        return _beir(vectors, model or "all-MiniLM-L6-v2", layers, split or "test", work)
+    for_folders = {"--model": model, "--layers": layers, "--split": split, "--work": work}
     if given := [name for name, value in for_folders.items() if value is not None]:
         fail(f"{given[0]} is for BEIR folders, and {vectors} is none; leave it out.")
 
@@ -201,18 +219,18 @@ def _task(
     if queries is not None and qrels is not None:
         from nestvec.corpus import read_qrels
 
-        return m.RetrievalTask(docs, load(queries), read_qrels(qrels)), None, name
+        return m.RetrievalTask(docs, load(queries), read_qrels(qrels)), None, name, None
     if labels is not None and test_labels is not None:
         train, truth = (read_labels(path, label_column) for path in (labels, test_labels))
-        return m.ClassificationTask(docs, train, load(test), truth), None, name
+        return m.ClassificationTask(docs, train, load(test), truth), None, name, None
     if second is not None and scores is not None:
-        return m.STSTask(docs, load(second), _numbers(scores)), None, name
-    return m.LabelFreeTask(docs), None, name
+        return m.STSTask(docs, load(second), _numbers(scores)), None, name, None
+    return m.LabelFreeTask(docs), None, name, None
 
 
 def _beir(
-    folder: Path, model: str, split: str, work: Path | None
-) -> tuple[Any, tuple[list[str], list[str]], str]:
+    folder: Path, model: str, layers: str | None, split: str, work: Path | None
+) -> tuple[Any, tuple[list[str], list[str]], str, dict[int, Any] | None]:
     from nestvec.cli.embed import embed_set
     from nestvec.corpus import read_beir
     from nestvec.encoders import encoder_of
@@ -220,10 +238,40 @@ def _beir(
 
     found = read_beir(folder, split=split)
     work = work or Path(f"{folder.resolve().name}.nestvec")
-    docs, asks = embed_set(encoder_of(model), found, work, queries=f"queries-{split}")
+    encoder = encoder_of(model)
+    of_layers = None
+    if layers is None:
+        docs, asks = embed_set(encoder, found, work, queries=f"queries-{split}")
+    else:
+        of_layers = _of_layers(encoder, found, layers, work)
+        docs, asks = of_layers[max(of_layers)]
     texts = (list(found.doc_texts), list(found.query_texts))
     task = RetrievalTask(docs, asks, found.qrels, dropped=found.dropped)
-    return task, texts, found.name
+    return task, texts, found.name, of_layers
+
+
+def _of_layers(
+    encoder: Any, found: RetrievalSet, layers: str, work: Path
+) -> dict[int, tuple[Embeddings, Embeddings]]:
+    """Embed documents and queries once for all layers; what is done is kept and read again."""
+    from nestvec.encoders import TextEncoder
+    from nestvec.encoders.layers import Layers, parse_layers
+
+    if not isinstance(encoder, TextEncoder):
+        fail(f"--layers is for text models, and {encoder.source} is none; leave it out.")
+    n = Layers(encoder.model).n
+    chosen = sorted({*parse_layers(layers, n), n})  # the whole encoder is what others are beside
+    sides = {}
+    for role, texts, ids in (
+        ("document", found.doc_texts, found.doc_ids),
+        ("query", found.query_texts, found.query_ids),
+    ):
+        key = hashlib.sha256(f"{encoder.space.space_id} {chosen} {ids}".encode()).hexdigest()[:8]
+        kept = work / f"layers-{role}-{key}"
+        sides[role] = encoder.encode_layers(
+            list(texts), layers=chosen, role=role, ids=list(ids), resume=kept, show_progress=True
+        )
+    return {layer: (sides["document"][layer], sides["query"][layer]) for layer in chosen}
 
 
 def _all_or_none(task: str, **given: Path | None) -> None:

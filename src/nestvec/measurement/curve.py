@@ -54,8 +54,9 @@ class Curve:
         One measurement each, a dict with the keys `KEYS`; docs/measure.md says what each means.
     meta
         ``dataset``, ``task``, ``metric`` (the primary one), ``metrics``, ``dims`` (with the full
-        size), ``deployable`` (methods that the verdict is about: truncation and the maps that were
-        measured), ``n_gallery``, ``n_resamples``, ``seed``, ``versions``.
+        size), ``layers`` (all that were measured, rising, if they were), ``deployable`` (methods
+        that the verdict is about: truncation and the maps that were measured), ``n_gallery``,
+        ``n_resamples``, ``seed``, ``versions``.
     notes
         What is not in the table and why, in sentences.
     spectrum
@@ -78,10 +79,13 @@ class Curve:
         dim: int | None = None,
         metric: str | None = None,
         *,
+        layer: int | None = None,
         precision: str | None = None,
         bytes_per_vector: int | None = None,
     ) -> dict[str, Any]:
         """Return the one row that fits; the primary metric and float32 first, if not said.
+
+        ``layer`` is None, or the number of the last, for the whole encoder.
 
         Raises
         ------
@@ -91,7 +95,9 @@ class Curve:
         of_method = [
             r
             for r in self.rows
-            if r["method"] == method and r["metric"] == (metric or self.meta["metric"])
+            if r["method"] == method
+            and r["metric"] == (metric or self.meta["metric"])
+            and r["layer"] == self._layer(layer)
         ]
         asked = {"dim": dim, "precision": precision, "bytes_per_vector": bytes_per_vector}
         wanted = {key: value for key, value in asked.items() if value is not None}
@@ -109,9 +115,16 @@ class Curve:
         there = "; ".join(f"{r['dim']} dims, {r['bytes_per_vector']} bytes" for r in of_method)
         raise DataError(f"{len(found)} rows of {method!r} fit {wanted}. It has: {there}.")
 
-    def select(self, metric: str | None = None) -> list[dict[str, Any]]:
-        """Return the rows of one metric, the primary one if not said."""
-        return [r for r in self.rows if r["metric"] == (metric or self.meta["metric"])]
+    def select(
+        self, metric: str | None = None, *, layer: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the rows of one metric and layer: the primary one and the last, if not said."""
+        wanted = metric or self.meta["metric"], self._layer(layer)
+        return [r for r in self.rows if (r["metric"], r["layer"]) == wanted]
+
+    def _layer(self, layer: int | None) -> int | None:
+        """Return how rows write a layer: None for the last."""
+        return None if layer in (None, *self.meta.get("layers", ())[-1:]) else layer
 
     def holds(self, row: Mapping[str, Any], *, tolerance: float = 0.05) -> bool:
         """Say whether a row keeps the quality of the full size.
@@ -227,6 +240,46 @@ class Curve:
                 for dim in dims
             ]
             table.add_row(method, size, *texts)
+        return table
+
+    def layer_grid(self, metric: str | None = None) -> list[tuple[int, dict[int, dict[str, Any]]]]:
+        """Return lines ``(layer, {size: row})``, plain prefixes of every layer that was measured.
+
+        An encoder that is left after layer l of N runs l / N of its layers; what is stored and
+        compared afterwards costs what its size costs, at any layer.
+        """
+        lines = []
+        for layer in self.meta.get("layers", ()):
+            rows = self.select(metric, layer=layer)
+            cells = {r["dim"]: r for r in rows if r["method"] in ("full", "truncation")}
+            lines.append((layer, cells))
+        return lines
+
+    def layer_table(self, metric: str | None = None, *, tolerance: float = 0.05) -> Table:
+        """Return a rich Table: a line a layer with its share of the encoder, a column a size."""
+        from rich.table import Table
+        from rich.text import Text
+
+        metric = metric or self.meta["metric"]
+        about = " on ".join(t for t in (metric, self.meta["dataset"]) if t)
+        table = Table(title=f"{about}, by layer", title_justify="left")
+        table.add_column("layer", no_wrap=True)
+        table.add_column("encoder", no_wrap=True)
+        dims = self.meta["dims"]
+        for dim in dims:
+            table.add_column(str(dim), justify="right", no_wrap=True)
+        lines = self.layer_grid(metric)
+        for layer, cells in lines:
+            texts = [
+                Text(
+                    f"{cells[dim]['value']:.3f}" if dim in cells else "",
+                    style="bold"
+                    if dim in cells and self.holds(cells[dim], tolerance=tolerance)
+                    else "",
+                )
+                for dim in dims
+            ]
+            table.add_row(str(layer), f"{layer}/{lines[-1][0]}", *texts)
         return table
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def render(
         tolerance=tolerance,
         plot=markupsafe.Markup(_quality_against_bytes(curve)),
         spectrum=markupsafe.Markup(_spectrum(curve)) if curve.spectrum else None,
+        layers=curve.layer_grid(),
         grids=[(metric, curve.grid(metric)) for metric in curve.meta["metrics"]],
         holds=lambda row: curve.holds(row, tolerance=tolerance),
         sections=sections,

@@ -29,6 +29,7 @@ class Scored:
     macs: tuple[int, int] | None  # for each compared vector, and once a query
     note: str
     values: Values
+    layer: int | None = None  # None is the last
 
 
 def quality_rows(
@@ -54,6 +55,7 @@ def quality_rows(
                     dataset=dataset,
                     method=one.method,
                     dim=one.dim,
+                    layer=one.layer,
                     precision=one.precision,
                     metric=metric,
                     value=value[at],

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec._progress import progress
 from nestvec.errors import DataError, MissingExtraError, NestvecError
 from nestvec.measurement import baselines as ways
-from nestvec.measurement import bm25, label_free
+from nestvec.measurement import bm25, depth, label_free
 from nestvec.measurement.baselines import Candidate
 from nestvec.measurement.curve import Curve
 from nestvec.measurement.rows import Scored, quality_rows, rank_rows
@@ -43,6 +43,7 @@ def measure(
     dropped: Collection[Any] = (),
     task: RetrievalTask | ClassificationTask | STSTask | LabelFreeTask | None = None,
     dims: Iterable[int] | str | None = None,
+    layers: Mapping[int, Any] | None = None,
     maps: Mapping[str, Any] | None = None,
     baselines: bool | Iterable[str] = True,
     texts: tuple[Sequence[str], Sequence[str]] | None = None,
@@ -74,6 +75,11 @@ def measure(
     dims
         Sizes to cut to, trained or not: measuring them is the point. By default the Space's
         nesting dims, else the full size halved down to 16. The full size is always measured.
+    layers
+        Layer -> its two sides, like ``(docs, queries)``, or ``(docs,)``, or the sides of ``task``
+        in its order, as `TextEncoder.encode_layers` makes them in one pass: every layer is
+        measured at every size, too. The largest number is the whole encoder: its sides are
+        ``docs`` and ``queries``, which may be left out. Maps and baselines are of the last layer.
     maps
         Name -> fitted map (``transform`` takes Embeddings to Embeddings): each stands in the
         table under its name. Baselines are computed on the vectors as given.
@@ -118,6 +124,9 @@ def measure(
     >>> round(curve.get("truncation", 16)["value"], 2)
     0.94
     """
+    sides_of = {} if layers is None else depth.checked(layers)
+    if sides_of and task is None and docs is None:
+        docs, queries = (*list(sides_of.values())[-1], queries)[:2]
     work = _as_task(task, docs, queries, qrels, dropped, metrics, k, seed)
     maps = dict(maps or {})
     names = tuple(n for n in ways.chosen(baselines) if n not in maps)
@@ -139,6 +148,7 @@ def measure(
             f"is needed."
         )
 
+    earlier = depth.earlier_sides(work, sides_of) if sides_of else {}
     nested = {"full": (gallery, asking)}  # method -> both sides at full size
     steps: list[tuple[str, Callable[[], Iterator[Candidate]]]] = [
         ("full", partial(ways.prefixes, "full", gallery, asking, (full,)))
@@ -170,12 +180,17 @@ def measure(
         "csr": partial(ways.csr, *sides, cuts, seed=seed),
     }
     steps += [(name, more[name]) for name in names if name in more]
+    n_first = len(steps)
+    for layer_sides in earlier.values():
+        steps.append(("full", partial(ways.prefixes, "full", *layer_sides, (full,))))
+        steps.append(("truncation", partial(ways.prefixes, "truncation", *layer_sides, cuts)))
+    of_step = [None] * n_first + [layer for layer in earlier for _ in range(2)]
 
     scored: list[Scored] = []
     with progress("measure", len(steps), show=show_progress, unit="methods") as advance:
-        for name, candidates in steps:
+        for layer, (name, candidates) in zip(of_step, steps, strict=True):
             try:
-                scored += [_scored(work, candidate) for candidate in candidates()]
+                scored += [_scored(work, candidate, layer) for candidate in candidates()]
             except NestvecError as error:
                 if name not in more:
                     raise
@@ -195,6 +210,7 @@ def measure(
         "metric": work.metrics[0],
         "metrics": list(dict.fromkeys(r["metric"] for r in rows)),
         "dims": list(sizes),
+        **({"layers": list(sides_of)} if sides_of else {}),
         "deployable": [*(n for n in names if n == "truncation"), *maps],
         "space": work.gallery.space.label,
         "n_gallery": len(gallery),
@@ -263,7 +279,7 @@ def _sample(n: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(seed).choice(n, RANK_ROWS, replace=False))
 
 
-def _scored(task: Task, way: Candidate) -> Scored:
+def _scored(task: Task, way: Candidate, layer: int | None) -> Scored:
     return Scored(
         way.method,
         way.dim,
@@ -272,6 +288,7 @@ def _scored(task: Task, way: Candidate) -> Scored:
         (way.macs_each, way.macs_once),
         way.note,
         task.score(way.queries, way.gallery),
+        layer,
     )
 
 
