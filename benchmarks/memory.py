@@ -459,7 +459,11 @@ def kept(set_name: str, method: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--sets", default=",".join(SETS), help="names of _galleries.SETS")
+    parser.add_argument(
+        "--sets",
+        default=",".join(SETS),
+        help="names of _galleries.SETS; rows of other sets stay in the result file",
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help=f"among {', '.join(METHODS)}")
     parser.add_argument(
         "--try", dest="trial", action="store_true", help="a small gallery, no result file"
@@ -483,8 +487,8 @@ def main() -> None:
     rows = [row for name in sets for method in methods for row in kept(name, method)]
     for row in rows:
         print(row)
-    if tuple(sets) == SETS and tuple(methods) == METHODS:
-        _frame.write(NAME, rows, meta)
+    if not asked.trial and tuple(methods) == METHODS:
+        _frame.write(NAME, rows, meta, renewed=sets)
 
 
 if __name__ == "__main__":
