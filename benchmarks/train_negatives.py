@@ -3,9 +3,10 @@
     python benchmarks/train_negatives.py [--seeds 0,1,2] [--only scifact] [--device cuda]
 
 - scifact: all-MiniLM-L6-v2 on SciFact's train queries, with random (in-batch) negatives, with
-  static hard ones (STAR), and then the query side alone with dynamic ones (ADORE), beside the
-  supervised adaptor on frozen vectors. `scifact_unseen` holds the test queries none of whose
-  relevant documents any training query names.
+  static hard ones (STAR), and then the query side alone with dynamic ones (ADORE, and
+  `adore_mapped` against the documents of the supervised adaptor), beside that adaptor on frozen
+  vectors. `scifact_unseen` holds the test queries none of whose relevant documents any training
+  query names.
 - duqgen: npl, cisi and cranfield without their queries: pairs made of their own documents.
 - dse: a MiniLM cross-encoder trained on STS-B teaches vectors through unlabelled pairs.
 
@@ -30,7 +31,7 @@ import _negatives_scifact as sci
 import _sets
 import _training
 import torch
-from _negatives import NAME, TRY
+from _negatives import NAME, TRY, WITHOUT
 
 STORED: dict[str, Callable[[list[int]], Any]] = {
     "scifact": sci.scifact_stored,
@@ -47,7 +48,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
     parser.add_argument("--train-only", action="store_true", help="fill the cache, write nothing")
     parser.add_argument("--try", action="store_true", dest="tried", help="two steps of everything")
+    parser.add_argument(
+        "--without", default="", help="methods to leave out: adore, which needs star"
+    )
     chosen = parser.parse_args()
+    WITHOUT.update(filter(None, chosen.without.split(",")))
     if chosen.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if chosen.device == "cuda" and not torch.cuda.is_available():
