@@ -17,32 +17,40 @@ if TYPE_CHECKING:
         ScoreBridge,
         UnchangedBridge,
     )
+    from nestvec.maps.anchors import AnchorMap, anchor_maps
     from nestvec.maps.base import load_map
+    from nestvec.maps.residual import ResidualBridge
     from nestvec.maps.rotation import PrincipalRotation, RandomRotation
 
 _HOME = {
+    "AnchorMap": "nestvec.maps.anchors",
     "LowRankBridge": "nestvec.maps.alignment",
     "MatryoshkaAdaptor": "nestvec.maps.adaptor",
     "PrincipalRotation": "nestvec.maps.rotation",
     "ProcrustesBridge": "nestvec.maps.alignment",
     "RandomRotation": "nestvec.maps.rotation",
     "RelaxedBridge": "nestvec.maps.alignment",
+    "ResidualBridge": "nestvec.maps.residual",
     "RidgeBridge": "nestvec.maps.alignment",
     "ScoreBridge": "nestvec.maps.alignment",
     "UnchangedBridge": "nestvec.maps.alignment",
+    "anchor_maps": "nestvec.maps.anchors",
     "load_map": "nestvec.maps.base",
 }
 
 __all__ = [
+    "AnchorMap",
     "LowRankBridge",
     "MatryoshkaAdaptor",
     "PrincipalRotation",
     "ProcrustesBridge",
     "RandomRotation",
     "RelaxedBridge",
+    "ResidualBridge",
     "RidgeBridge",
     "ScoreBridge",
     "UnchangedBridge",
+    "anchor_maps",
     "load_map",
 ]
 

@@ -209,13 +209,19 @@ class Bridge(FittedMap):
         n_in, n_out = self.n_features_in_, self.dims_[-1]
         arrays = dict(arrays)
         self.seen_ = arrays.pop("seen")
-        wanted = {"linear": (n_in, n_out), "intercept": (n_out,)}
-        if not {"linear"} <= set(arrays) <= set(wanted) or any(
-            array.shape != wanted[name] for name, array in arrays.items()
+        wanted = self._shapes(n_in, n_out)
+        if (
+            "linear" not in arrays
+            or not set(arrays) <= set(wanted)
+            or any(array.shape != wanted[name] for name, array in arrays.items())
         ):
             raise ValueError("the arrays do not fit together")
         self._restore_about(about)
         self._arrays_ = arrays
+
+    def _shapes(self, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the arrays of a saved bridge must have; "linear" is needed."""
+        return {"linear": (n_in, n_out), "intercept": (n_out,)}
 
     def _restore_about(self, about: dict[str, Any]) -> None:
         self.target_ = Space.from_dict(about["target"]) if about["target"] else None

@@ -32,6 +32,8 @@ _MODULES = {
     "ridge_bridge": ("nestvec.maps.alignment", "RidgeBridge"),
     "relaxed_bridge": ("nestvec.maps.alignment", "RelaxedBridge"),
     "low_rank_bridge": ("nestvec.maps.alignment", "LowRankBridge"),
+    "residual_bridge": ("nestvec.maps.residual", "ResidualBridge"),
+    "anchor_map": ("nestvec.maps.anchors", "AnchorMap"),
     "score_bridge": ("nestvec.maps.alignment", "ScoreBridge"),
 }
 

@@ -65,6 +65,10 @@ def as_modules(fitted: FittedMap, *, normalise: bool = True) -> list[Any]:
         chain = [
             modules.Normalize(),  # the network was trained on rows of length 1
             dense(np.hstack([arrays["inner"], eye, -eye]), bias, torch.nn.GELU()),
-            dense(np.vstack([arrays["outer"], linear, -linear]), None, torch.nn.Identity()),
+            dense(
+                np.vstack([arrays["outer"], linear, -linear]),
+                arrays.get("intercept"),
+                torch.nn.Identity(),
+            ),
         ]
     return [*chain, modules.Normalize()] if normalise else chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from nestvec import _checks
 from nestvec.errors import DataError
 from nestvec.maps import alignment as ways
 from nestvec.maps import guard as guards
+from nestvec.maps.residual import ResidualBridge
 from nestvec.space import Embeddings
 
 Matrix = NDArray[np.float32]
@@ -25,6 +27,7 @@ BRIDGES: dict[str, type[ways.Bridge]] = {
     "ridge": ways.RidgeBridge,
     "score": ways.ScoreBridge,
     "low_rank": ways.LowRankBridge,
+    "residual": ResidualBridge,
 }
 _NESTED = ("procrustes", "relaxed", "ridge")
 _FEWEST_PAIRS = 50  # below this, what is held out tells no bridge from another
@@ -56,7 +59,8 @@ def fit(
         like the gallery. If both sides have ids, rows are paired by them, and texts that only one
         side has are left out; else row by row.
     kinds
-        Names of `BRIDGES` to compare; by default all that fit.
+        Names of `BRIDGES` to compare; by default all that fit (``"residual"`` only where torch is
+        installed).
     moves
         ``"queries"``: the bridge takes vectors of the new model to the old space, so that new
         queries search the old gallery as it is. ``"gallery"``: it takes the stored old vectors to
@@ -173,6 +177,8 @@ def _fitting(kinds: Collection[str] | None, same_size: bool, nested: bool) -> li
         for name in BRIDGES
         if (same_size or name != "unchanged") and (not nested or name in _NESTED)
     ]
+    if kinds is None and find_spec("torch") is None:
+        able = [name for name in able if name != "residual"]
     names = [name for name in able if kinds is None or name in kinds]
     if not names:
         raise DataError(
