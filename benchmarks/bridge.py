@@ -1,0 +1,219 @@
+"""What a bridge between two frozen models keeps of full re-embedding.
+
+    python benchmarks/bridge.py [--only scifact] [--device cuda --vectors-only] [--try]
+
+Queries of the new model search the gallery of the old one, through every bridge, fitted on 250,
+1,000 and 4,000 texts that both have encoded: documents of the set itself, then of the other sets,
+never its test queries. Beside it: old queries on the old gallery (``old``), new queries without a
+bridge (``unchanged``), and the whole gallery embedded again (``full``), of which ``share`` is the
+share. ``upgrade.fit`` is the bridge it chooses; ``gallery:`` moves the gallery instead.
+
+Vectors are made where there is a GPU (``--vectors-only --device cuda``: four trainings and 70,000
+texts, some minutes) and kept in ``.cache/benchmarks/encoders``; all else needs none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import _encoders
+import _frame
+import numpy as np
+
+import nestvec as nv
+from nestvec.maps import RelaxedBridge, anchor_maps
+from nestvec.measurement import RetrievalTask
+from nestvec.measurement.bootstrap import resample
+from nestvec.upgrade import BRIDGES
+
+SETS = ("scifact", "npl", "cisi", "20newsgroups")
+NEW = ("finetuned", "cut3", "other", "lsa300")
+PAIRS = [("minilm", new) for new in NEW] + [(new, "minilm") for new in NEW]
+N_PAIRS = (250, 1000, 4000)
+METRICS = ("nDCG@10", "R@10")
+NESTED = (64, 128, 256)
+
+memory = _frame.memory("maps", "upgrade")
+
+
+@memory.cache
+def values(old: str, new: str, name: str, method: str, n: int) -> dict[str, Any]:
+    """One value a test query and metric for one way to ask; fit seconds and a sentence."""
+    before, after = (_encoders.vectors(encoder, name) for encoder in (old, new))
+    docs, asks = before["docs"], after["test"]
+    kind, _, more = method.partition("+")
+    dim, seconds, note = None, 0.0, ""
+    if kind == "old":
+        asks = before["test"]
+    elif kind == "full":
+        docs = after["docs"]
+    else:
+        sample = _encoders.pairs(old, new, name, n, queries=more == "queries")
+        started = time.perf_counter()
+        if kind == "anchors":
+            to_old, to_new = anchor_maps(*sample, n_anchors=384)
+            docs, asks = to_old.transform(docs), to_new.transform(asks)
+        elif kind.startswith("nested"):
+            bridge = RelaxedBridge(dims=NESTED, nested=True).fit(*sample[::-1])
+            dim = int(kind.partition("@")[2])
+            asks = bridge.transform(asks.prefix(dim) if dim < bridge.n_features_in_ else asks)
+        elif kind == "gallery:upgrade.fit":
+            bridge = nv.upgrade.fit(old=sample[0], new=sample[1], sample_size=None, moves="gallery")
+            docs, note = bridge.transform(docs), bridge.guard_.sentence()
+        else:
+            kinds = None if kind == "upgrade.fit" else [kind]
+            bridge = nv.upgrade.fit(old=sample[0], new=sample[1], sample_size=None, kinds=kinds)
+            asks, note = bridge.transform(asks), bridge.guard_.sentence()
+        seconds = time.perf_counter() - started
+    if dim is not None:
+        docs = docs.prefix(dim)
+    task = RetrievalTask(docs, asks, _encoders.texts(name).qrels["test"], metrics=METRICS)
+    found = task.score(task.asking.normalised().array, docs.normalised().array)
+    return {**found, "seconds": seconds, "note": note if "upgrade.fit" in method else ""}
+
+
+def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
+    """Which (method, pairs) are asked of a pair of encoders on a set."""
+    same = _encoders.vectors(old, name)["docs"].dim == _encoders.vectors(new, name)["docs"].dim
+    found = [("old", 0), ("full", 0)]
+    forward = old == "minilm"
+    for n in N_PAIRS if forward else (1000,):
+        for kind in BRIDGES:
+            if (kind == "unchanged" and (not same or n != 1000)) or (
+                kind == "residual" and not forward
+            ):
+                continue
+            found.append((kind, n))
+        found.append(("anchors", n))
+    found += [("upgrade.fit", 1000)]
+    if forward:
+        found += [("gallery:upgrade.fit", 1000)]
+    if forward and same:
+        found += [(f"nested@{dim}", 1000) for dim in (*NESTED, 384)]
+    if name == "scifact" and forward:
+        found += [("relaxed+queries", 1000), ("score+queries", 1000), ("upgrade.fit+queries", 1000)]
+    return found
+
+
+def rows_of(old: str, new: str, name: str) -> list[dict[str, Any]]:
+    full = values(old, new, name, "full", 0)
+    rows = []
+    for method, n in ways(old, new, name):
+        found = values(old, new, name, method, n)
+        for metric in METRICS:
+            estimate = resample(np.stack([found[metric], full[metric]]), seed=0)
+            low, high = estimate.interval()
+            share = estimate.value[0] / estimate.value[1]
+            row = {
+                "pair": f"{old} -> {new}",
+                "dataset": name,
+                "method": method,
+                "n_pairs": n or None,
+                "metric": metric,
+                "value": float(estimate.value[0]),
+                "low": float(low[0]),
+                "high": float(high[0]),
+                "share": float(share),
+                "n": len(found[metric]),
+                "seed": _encoders.SEED,
+                "note": found["note"],
+            }
+            if found["seconds"]:
+                row["build_s"] = round(found["seconds"], 2)
+            if "@" in method:
+                row["dim"] = int(method.partition("@")[2])
+            rows.append({k: v for k, v in row.items() if v not in (None, "")})
+        print(f"  {old} -> {new}, {name}, {method}, {n}: {rows[-2]['value']:.4f} "
+              f"({rows[-2]['share']:.1%})", flush=True)  # fmt: skip
+    return rows
+
+
+def qualifying() -> list[dict[str, Any]]:
+    """Each recipe of the fine-tuned model that was tried, and whether it really moved."""
+    found = _encoders.recipes()
+    old = float(found["old"])
+    rows = []
+    for i, (new, unbridged) in enumerate(found["tried"]):
+        rate, epochs, anew = _encoders.RECIPES[i]
+        chosen = "; this one is finetuned" if i == int(found["chosen"]) else ""
+        rows.append(
+            {
+                "pair": "minilm -> finetuned",
+                "dataset": "scifact",
+                "method": f"rate {rate}, {epochs} epochs, {anew} layers drawn anew",
+                "metric": "nDCG@10 gained",
+                "value": float(new) - old,
+                "ratio": float(unbridged) / old,
+                "ratio_to": "old queries on the old gallery (unbridged over it)",
+                "held": bool(new >= old + _encoders.GAIN and unbridged < _encoders.MOVED * old),
+                "note": f"held: {_encoders.GAIN} gained and ratio below {_encoders.MOVED}{chosen}",
+            }
+        )
+    return rows
+
+
+def speed() -> list[dict[str, Any]]:
+    """Microseconds a query in batches of 1,000, one thread: the median of 30 batches."""
+    old, new = _encoders.pairs("minilm", "finetuned", "scifact", 1000)
+    batch = new.array[:1000]
+    rows = []
+    for kind in BRIDGES:
+        bridge = nv.upgrade.fit(old=old.array, new=new.array, kinds=[kind])
+        took = []
+        for _ in range(30):
+            started = time.perf_counter()
+            bridge.transform(batch)
+            took.append(1e6 * (time.perf_counter() - started) / len(batch))
+        rows.append(
+            {
+                "method": kind,
+                "dim": 384,
+                "metric": "microseconds a query",
+                "value": float(np.median(took)),
+                "low": float(np.min(took)),
+                "high": float(np.max(took)),
+                "n": len(took),
+                "threads": 1,
+                "note": "batches of 1,000; checks and normalisation included; least and most",
+            }
+        )
+        print(f"  {kind}: {rows[-1]['value']:.1f} us a query", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=SETS, help="one set; prints, writes no result file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
+    parser.add_argument("--vectors-only", "--train-only", action="store_true", dest="fill")
+    parser.add_argument("--try", action="store_true", dest="attempt", help="cisi, no GPU, seconds")
+    arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if arguments.attempt:
+        for method, n in ways("lsa300", "lsa300", "cisi"):
+            found = values("lsa300", "lsa300", "cisi", method, n)
+            print(method, n, {m: round(float(found[m].mean()), 3) for m in METRICS}, flush=True)
+        return
+    if arguments.fill:
+        _encoders.fill()
+        return
+    meta = _frame.meta(
+        seeds=[_encoders.SEED],
+        data=_encoders.SETS,
+        question="What does a bridge keep of full re-embedding?",
+        encoders=_encoders.WHAT,
+    )
+    rows = []
+    for name in SETS if arguments.only is None else (arguments.only,):
+        for old, new in PAIRS:
+            rows += rows_of(old, new, name)
+    if arguments.only is None:
+        _frame.write("bridge", rows + qualifying() + speed(), meta)
+
+
+if __name__ == "__main__":
+    main()
