@@ -82,8 +82,10 @@ def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
     forward = old == "minilm"
     for n in N_PAIRS if forward else (1000,):
         for kind in BRIDGES:
-            if (kind == "unchanged" and (not same or n != 1000)) or (
-                kind == "residual" and not forward
+            if (
+                (kind in ("unchanged", "drift") and not same)
+                or (kind == "unchanged" and n != 1000)
+                or (kind == "residual" and not forward)
             ):
                 continue
             found.append((kind, n))
@@ -94,7 +96,7 @@ def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
     if forward and same:
         found += [(f"nested@{dim}", 1000) for dim in (*NESTED, 384)]
     if name == "scifact" and forward:
-        found += [("relaxed+queries", 1000), ("score+queries", 1000), ("upgrade.fit+queries", 1000)]
+        found += [("drift+queries", 1000), ("relaxed+queries", 1000), ("upgrade.fit+queries", 1000)]
     return found
 
 

@@ -13,11 +13,11 @@ from nestvec.errors import (
     SpaceMismatchError,
 )
 from nestvec.maps import (
+    DriftBridge,
     LowRankBridge,
     ProcrustesBridge,
     RelaxedBridge,
     RidgeBridge,
-    ScoreBridge,
     UnchangedBridge,
     load_map,
 )
@@ -26,7 +26,7 @@ from nestvec.maps.guard import unit
 from nestvec.search.exact import top_k
 from nestvec.space import Embeddings, Space
 
-LEARNING = [ProcrustesBridge, RidgeBridge, RelaxedBridge, LowRankBridge, ScoreBridge]
+LEARNING = [ProcrustesBridge, RidgeBridge, RelaxedBridge, LowRankBridge]
 NESTED = [ProcrustesBridge, RidgeBridge, RelaxedBridge]
 OLD = Space.declared("old", dim=12, nesting_dims=(4, 8, 12))
 NEW = Space.declared("new", dim=16, nesting_dims=(4, 8, 16))
@@ -124,12 +124,13 @@ def test_low_rank_has_its_rank_and_with_all_directions_is_ridge(rng):
     np.testing.assert_allclose(whole.transform(new), ridge.transform(new), atol=1e-5)
 
 
-def test_score_bridge_gives_old_vectors_the_scores_of_their_predictions(rng):
-    new, old = pairs(rng, noise=0.3)
-    back = Ridge(alpha=0.2, fit_intercept=False).fit(old, new).coef_.T
-    expected = new @ (old @ back).T
-    found = ScoreBridge(alpha=0.2).fit(new, old).module_arrays()["linear"]
-    np.testing.assert_allclose((new @ found) @ old.T, expected, atol=1e-4)
+def test_drift_is_the_minimum_between_nothing_and_least_squares(rng):
+    new, old = (side.astype(np.float64) for side in pairs(rng, n_new=12, noise=0.3))
+    weights = np.linalg.solve(new.T @ new + 5 * np.eye(12), new.T @ old + 5 * np.eye(12))
+    found = DriftBridge(alpha=5.0, intercept=False).fit(new, old).module_arrays()["linear"]
+    np.testing.assert_allclose(found, weights, atol=1e-5)
+    with pytest.raises(DataError, match="16 dims cannot stand for vectors of 12"):
+        DriftBridge().fit(*pairs(rng))
 
 
 @pytest.mark.parametrize("make", [RidgeBridge, RelaxedBridge, LowRankBridge])
@@ -217,10 +218,10 @@ def test_cut_vectors_cross_a_nested_bridge_and_arrive_cut(make, rng):
         make().fit(new, old).transform(new.prefix(8))
 
 
-@pytest.mark.parametrize("make", [*LEARNING, UnchangedBridge])
+@pytest.mark.parametrize("make", [*LEARNING, DriftBridge, UnchangedBridge])
 def test_saving_then_loading_is_identity(make, rng, tmp_path):
     new, old = stamped(rng, n_new=16)
-    if make is UnchangedBridge:
+    if make in (DriftBridge, UnchangedBridge):
         old = new.replaced(new.array, Space.declared("old", dim=16))
     bridge = make().fit(new, old)
     bridge.save(tmp_path / "bridge")

@@ -5,7 +5,7 @@ import pytest
 
 import nestvec as nv
 from nestvec.errors import DataError
-from nestvec.maps import ProcrustesBridge, RidgeBridge, UnchangedBridge
+from nestvec.maps import DriftBridge, ProcrustesBridge, RidgeBridge, UnchangedBridge
 from nestvec.maps.alignment import Bridge
 from nestvec.maps.guard import unit
 from nestvec.space import Embeddings, Space
@@ -27,7 +27,7 @@ def test_rotated_model_gets_a_rotation_and_the_sentence_says_why(rng):
     assert bridge.guard_ is not None
     assert bridge.guard_.score("procrustes") > 0.99 > bridge.guard_.score("unchanged")
     assert bridge.guard_.sentence().startswith(
-        "procrustes bridge kept: held-out full re-embedding kept@10 1.000 against"
+        "procrustes bridge kept: held-out old scores explained 1.000 against"
     )
 
 
@@ -41,6 +41,14 @@ def test_shifted_model_gets_more_than_a_rotation(rng):
     new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0] + 2 * vectors(rng, n=1)
     bridge = nv.upgrade.fit(old=old, new=new)
     assert not isinstance(bridge, (ProcrustesBridge, UnchangedBridge))
+
+
+def test_fine_tuned_model_gets_its_drift_undone(rng):
+    old = vectors(rng, n=80, dim=40)
+    change = np.eye(40) + np.outer(*rng.normal(size=(2, 40))) / 20
+    kinds = ("unchanged", "procrustes", "drift", "ridge")
+    bridge = nv.upgrade.fit(old=old, new=old @ change, kinds=kinds)
+    assert isinstance(bridge, DriftBridge)
 
 
 def test_few_pairs_get_the_safest_bridge(rng):
@@ -87,7 +95,7 @@ def test_nested_leaves_the_bridges_that_have_blocks(rng):
     assert bridge.nested
     assert bridge.dims_ == (4, 8, 12)
     assert bridge.guard_ is not None
-    assert set(bridge.guard_.scores) == {"procrustes", "relaxed", "ridge"}
+    assert set(bridge.guard_.scores) == {"procrustes", "drift", "relaxed", "ridge"}
 
 
 def test_sample_is_drawn_by_seed(rng):
@@ -108,7 +116,10 @@ def test_one_kind_is_fitted_as_asked(rng):
     ("more", "message"),
     [
         ({"kinds": ["magic"]}, "'magic' is not one of unchanged, procrustes"),
-        ({"kinds": ["score"], "nested": True}, "none of the kinds score fits here with nested"),
+        (
+            {"kinds": ["low_rank"], "nested": True},
+            "none of the kinds low_rank fits here with nested",
+        ),
         ({"moves": "both"}, "'both' is not one of queries, gallery"),
         ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
     ],

@@ -87,7 +87,7 @@ def fit(
     kind: Annotated[
         list[str] | None,
         typer.Option(
-            help="A kind of bridge to try: unchanged, procrustes, relaxed, ridge, score, low_rank, "
+            help="A kind of bridge to try: unchanged, procrustes, drift, relaxed, ridge, low_rank, "
             "residual. "
             "Repeat for more; by default all that fit.",
             show_default=False,

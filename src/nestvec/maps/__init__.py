@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestvec.maps.adaptor import MatryoshkaAdaptor
     from nestvec.maps.alignment import (
+        DriftBridge,
         LowRankBridge,
         ProcrustesBridge,
         RelaxedBridge,
         RidgeBridge,
-        ScoreBridge,
         UnchangedBridge,
     )
     from nestvec.maps.anchors import AnchorMap, anchor_maps
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AnchorMap": "nestvec.maps.anchors",
+    "DriftBridge": "nestvec.maps.alignment",
     "LowRankBridge": "nestvec.maps.alignment",
     "MatryoshkaAdaptor": "nestvec.maps.adaptor",
     "PrincipalRotation": "nestvec.maps.rotation",
@@ -32,7 +33,6 @@ _HOME = {
     "RelaxedBridge": "nestvec.maps.alignment",
     "ResidualBridge": "nestvec.maps.residual",
     "RidgeBridge": "nestvec.maps.alignment",
-    "ScoreBridge": "nestvec.maps.alignment",
     "UnchangedBridge": "nestvec.maps.alignment",
     "anchor_maps": "nestvec.maps.anchors",
     "load_map": "nestvec.maps.base",
@@ -40,6 +40,7 @@ _HOME = {
 
 __all__ = [
     "AnchorMap",
+    "DriftBridge",
     "LowRankBridge",
     "MatryoshkaAdaptor",
     "PrincipalRotation",
@@ -48,7 +49,6 @@ __all__ = [
     "RelaxedBridge",
     "ResidualBridge",
     "RidgeBridge",
-    "ScoreBridge",
     "UnchangedBridge",
     "anchor_maps",
     "load_map",

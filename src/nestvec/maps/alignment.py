@@ -245,12 +245,7 @@ class UnchangedBridge(Bridge):
     _kind = "unchanged_bridge"
 
     def _learn(self, X: Matrix, Y: Matrix) -> dict[str, Matrix]:
-        if X.shape[1] != Y.shape[1]:
-            raise DataError(
-                f"vectors of {X.shape[1]} dims cannot stand for vectors of {Y.shape[1]} unchanged; "
-                f"fit another bridge."
-            )
-        return {"linear": np.eye(X.shape[1], dtype=np.float32)}
+        return {"linear": _unchanged(X, Y)}
 
 
 class ProcrustesBridge(Bridge):
@@ -353,6 +348,23 @@ class RidgeBridge(Bridge):
         self.alphas_ = tuple(about["alphas"])
 
 
+class DriftBridge(RidgeBridge):
+    """Undo what a fine-tuning changed: least squares whose weights are drawn to doing nothing.
+
+    For a new model that began as the old one: then few pairs suffice. Both sides need one size.
+    Parameters and attributes are those of `RidgeBridge`.
+
+    Notes
+    -----
+    Minimises ``|X W - Y|^2 + alpha |W - I|^2``.
+    """
+
+    _kind = "drift_bridge"
+
+    def _prior(self, X: Matrix, Y: Matrix, sizes: tuple[int, ...]) -> Matrix:
+        return _unchanged(X, Y)
+
+
 class RelaxedBridge(RidgeBridge):
     """A rotation, relaxed: least squares whose weights are drawn to the best rotation, not to 0.
 
@@ -409,39 +421,20 @@ class LowRankBridge(Bridge):
         return {"linear": linear, "intercept": centre - X.mean(axis=0) @ linear}
 
 
-class ScoreBridge(Bridge):
-    """Place a new query so that old vectors get the scores that the new model would give them.
-
-    The others ask where the old model would have put a text; this one asks which old vectors the
-    new model would find. It predicts new vectors from old ones (by least squares) and turns the
-    map round: ``x @ B.T`` scores an old vector ``y`` as ``x`` scores the prediction ``y @ B``.
-
-    Parameters
-    ----------
-    alpha : float, optional
-        As in `RidgeBridge`.
-
-    Notes
-    -----
-    Equal, up to the lengths of ``y @ B``, to moving the whole gallery into the new space, without
-    touching the gallery.
-    """
-
-    _kind = "score_bridge"
-
-    def __init__(self, alpha: Any = None) -> None:
-        self.alpha = alpha
-
-    def _learn(self, X: Matrix, Y: Matrix) -> dict[str, Matrix]:
-        back, _, _ = _ridge(Y, X, self.alpha, intercept=False)
-        return {"linear": np.ascontiguousarray(back.T)}
-
-
 def row_hashes(rows: Matrix) -> NDArray[np.uint64]:
     """Return a hash of each row's direction (n,), coarse enough for most re-encodings to agree."""
     coarse = np.rint(100 * unit(rows)).astype(np.int8)
     digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in coarse)
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
+
+
+def _unchanged(X: Matrix, Y: Matrix) -> Matrix:
+    if X.shape[1] != Y.shape[1]:
+        raise DataError(
+            f"vectors of {X.shape[1]} dims cannot stand for vectors of {Y.shape[1]} unchanged; "
+            f"fit another bridge, like a RelaxedBridge."
+        )
+    return np.eye(X.shape[1], dtype=np.float32)
 
 
 def _reach(sizes: tuple[int, ...], n_in: int) -> tuple[int, ...]:

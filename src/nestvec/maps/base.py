@@ -34,7 +34,7 @@ _MODULES = {
     "low_rank_bridge": ("nestvec.maps.alignment", "LowRankBridge"),
     "residual_bridge": ("nestvec.maps.residual", "ResidualBridge"),
     "anchor_map": ("nestvec.maps.anchors", "AnchorMap"),
-    "score_bridge": ("nestvec.maps.alignment", "ScoreBridge"),
+    "drift_bridge": ("nestvec.maps.alignment", "DriftBridge"),
 }
 
 

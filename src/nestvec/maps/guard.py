@@ -27,7 +27,7 @@ class Guard:
     criterion
         ``"closeness kept@10"`` (no labels: how close at full size the 10 are that a prefix finds;
         1 is the true 10 nearest, 0 is chance), ``"nDCG@10"``, ``"Spearman"``, or for bridges
-        ``"full re-embedding kept@10"`` (the same scale, by the new model's own similarities).
+        ``"old scores explained"`` (1 is all of their variance, 0 is what a constant explains).
     n_held_out
         Rows, queries or pairs the scores are means over; 0 if there were too few to hold any out.
     dims, weights
@@ -105,39 +105,31 @@ def judge(
     return Guard(criterion, n_held_out, dims, weights, scores, winner)
 
 
-def closeness(true: Matrix) -> Callable[[Matrix], float]:
-    """Return what scores cosines (n_asks, n_gallery): how close, by ``true``, their 10 best are.
+def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
+    """Score maps without labels: how close at full size the 10 are that a prefix finds.
 
-    For each asking row, the mean true cosine of the 10 it finds, on a scale where the true 10
-    nearest are 1 and random rows are 0. Unlike the recall of neighbours it forgives an exchange of
-    two that are equally close, which costs a user nothing.
+    For each asking row, the mean cosine (at full size, before any map) of its 10 nearest by the
+    prefix, on a scale where the true 10 nearest are 1 and random rows are 0. Unlike the recall of
+    neighbours it forgives an exchange of two that are equally close, which costs a user nothing.
     """
-    k = min(_DEPTH, true.shape[1])
+    k = min(_DEPTH, len(gallery))
 
     def nearest(cosines: Matrix) -> NDArray[np.int64]:
         return np.argpartition(-cosines, k - 1, axis=1)[:, :k]
 
+    true = asks @ gallery.T
     chance = true.mean(axis=1)
     best = np.take_along_axis(true, nearest(true), axis=1).mean(axis=1)
     span = np.maximum(best - chance, 1e-6)  # rows that are all alike have nothing to tell
 
-    def score(cosines: Matrix) -> float:
-        mean = np.take_along_axis(true, nearest(cosines), axis=1).mean(axis=1)
-        return float(((mean - chance) / span).mean())
-
-    return score
-
-
-def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
-    """Score maps without labels: how close at full size, before any map, are those a prefix finds.
-
-    See `closeness`.
-    """
-    score = closeness(asks @ gallery.T)
-
     def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
         a, g = function(asks), function(gallery)
-        return tuple(score(unit(a[:, :d]) @ unit(g[:, :d]).T) for d in dims)
+        kept = []
+        for d in dims:
+            found = nearest(unit(a[:, :d]) @ unit(g[:, :d]).T)
+            mean = np.take_along_axis(true, found, axis=1).mean(axis=1)
+            kept.append(float(((mean - chance) / span).mean()))
+        return tuple(kept)
 
     return scorer
 

@@ -23,13 +23,14 @@ Matrix = NDArray[np.float32]
 BRIDGES: dict[str, type[ways.Bridge]] = {
     "unchanged": ways.UnchangedBridge,
     "procrustes": ways.ProcrustesBridge,
+    "drift": ways.DriftBridge,
     "relaxed": ways.RelaxedBridge,
     "ridge": ways.RidgeBridge,
-    "score": ways.ScoreBridge,
     "low_rank": ways.LowRankBridge,
     "residual": ResidualBridge,
 }
-_NESTED = ("procrustes", "relaxed", "ridge")
+_SAME_SIZE = ("unchanged", "drift")
+_NESTED = ("procrustes", "drift", "relaxed", "ridge")
 _FEWEST_PAIRS = 50  # below this, what is held out tells no bridge from another
 _SAFEST = "procrustes"
 _MOST_HELD_OUT = 1000  # pairs; more would cost time and tell no more
@@ -88,9 +89,9 @@ def fit(
 
     Notes
     -----
-    The criterion is full re-embedding: how close, by the new model's own similarities, are the 10
-    texts that a held-out text finds through the bridge? Whether the new model is any better than
-    the old one is for `nestvec.upgrade.judge` to say.
+    The criterion is what search runs on: the cosines of held-out texts, through the bridge, with
+    the other texts of the sample, against the cosines that the side which stays gives them. Whether
+    the new model is any better than the old one is for `nestvec.upgrade.judge` to say.
 
     Examples
     --------
@@ -132,8 +133,8 @@ def fit(
     sizes = bridges[names[0]].dims_
     guard = guards.judge(
         {name: bridge._map for name, bridge in bridges.items()},
-        _scorer(guards.unit(_rows(X)), guards.unit(_rows(y)), out, held_in, moves, sizes),
-        criterion="full re-embedding kept@10",
+        _scorer(guards.unit(_rows(X)), guards.unit(_rows(y)), out, held_in, sizes),
+        criterion="old scores explained" if moves == "queries" else "new scores explained",
         n_held_out=n_out,
         dims=sizes,
         weights=_equal(sizes),
@@ -175,7 +176,7 @@ def _fitting(kinds: Collection[str] | None, same_size: bool, nested: bool) -> li
     able = [
         name
         for name in BRIDGES
-        if (same_size or name != "unchanged") and (not nested or name in _NESTED)
+        if (same_size or name not in _SAME_SIZE) and (not nested or name in _NESTED)
     ]
     if kinds is None and find_spec("torch") is None:
         able = [name for name in able if name != "residual"]
@@ -194,22 +195,18 @@ def _scorer(
     y: Matrix,
     out: NDArray[np.int64],
     held_in: NDArray[np.int64],
-    moves: str,
     sizes: tuple[int, ...],
 ) -> guards.Scorer:
-    """Score bridges from X to y by what the new model finds; only held-out rows are moved."""
-    new = X if moves == "queries" else y
-    score = guards.closeness(
-        new[out] @ new[held_in].T if moves == "queries" else new[held_in] @ new[out].T
-    )
-    still = y[held_in]
+    """Score bridges from X to y: the share of the variance of y's cosines that they reproduce."""
+    cut = {d: (guards.unit(y[out][:, :d]), guards.unit(y[held_in][:, :d])) for d in sizes}
+    true = {d: own @ still.T for d, (own, still) in cut.items()}
 
     def scorer(bridge: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
         moved = bridge(X[out])
         found = []
         for d in sizes:
-            cosines = guards.unit(moved[:, :d]) @ guards.unit(still[:, :d]).T
-            found.append(score(cosines if moves == "queries" else cosines.T))
+            error = guards.unit(moved[:, :d]) @ cut[d][1].T - true[d]
+            found.append(float(1 - (error**2).mean() / max(float(true[d].var()), 1e-12)))
         return tuple(found)
 
     return scorer
