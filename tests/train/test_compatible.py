@@ -79,13 +79,13 @@ def stir(module, seed=2):
 
 @pytest.mark.parametrize("dim", [2, OLD])
 def test_old_classes_are_means_of_unit_rows(old, dim):
-    found = OldClasses(*old, CLASSES, dims=(2, OLD)).means(dim)
+    found = OldClasses(old[0], old[1], CLASSES, dims=(2, OLD)).means(dim)
     np.testing.assert_allclose(found, means_by_hand(old, dim), atol=1e-6)
 
 
 def test_a_class_that_the_old_model_never_saw_needs_its_vectors(old):
     with pytest.raises(DataError, match=r"class 3 has no old vector"):
-        OldClasses(*old, CLASSES + 1)
+        OldClasses(old[0], old[1], CLASSES + 1)
 
 
 def test_old_classes_refuse_what_does_not_fit(old):
@@ -104,7 +104,7 @@ def test_old_classes_refuse_what_does_not_fit(old):
 def test_bct_by_hand(old):
     new, labels = rows(OLD), old[1]
     head = NestedClassifier((OLD,), CLASSES)
-    found = BackwardCompatible(head, OldClasses(*old, CLASSES), weight=7)(new, labels)
+    found = BackwardCompatible(head, OldClasses(old[0], old[1], CLASSES), weight=7)(new, labels)
     own = logits_by_hand(head, new.detach().numpy())
     told = unit(new.detach()) @ means_by_hand(old, OLD).T
     want = cross_entropy_by_hand(own, labels) + 7 * cross_entropy_by_hand(told, labels)
@@ -112,7 +112,7 @@ def test_bct_by_hand(old):
 
 
 def test_rows_that_are_too_short_for_the_old_model_are_refused(old):
-    classes = OldClasses(*old, CLASSES)
+    classes = OldClasses(old[0], old[1], CLASSES)
     for objective in (BackwardCompatible, OrthogonalCompatible):
         with pytest.raises(DimensionError, match=r"rows of 4 dims cannot hold an old model of 6"):
             objective(NestedClassifier((4,), CLASSES), classes)
@@ -126,7 +126,11 @@ def test_oca_by_hand(old, smoothing):
     new, labels = rows(OLD + 4), old[1]
     head = NestedClassifier((OLD + 4,), CLASSES)
     loss = OrthogonalCompatible(
-        head, OldClasses(*old, CLASSES), lambdas=(2, 3, 4), vectors=5, label_smoothing=smoothing
+        head,
+        OldClasses(old[0], old[1], CLASSES),
+        lambdas=(2, 3, 4),
+        vectors=5,
+        label_smoothing=smoothing,
     )
     stir(loss.rotation)
     found = loss(new, labels, old[0])
@@ -146,7 +150,7 @@ def test_oca_by_hand(old, smoothing):
 
 
 def test_the_weights_of_oca_are_those_of_its_code_unless_told(old):
-    head, classes = NestedClassifier((OLD,), CLASSES), OldClasses(*old, CLASSES)
+    head, classes = NestedClassifier((OLD,), CLASSES), OldClasses(old[0], old[1], CLASSES)
     assert OrthogonalCompatible(head, classes).lambdas == (5, 10, 5)
     with pytest.raises(DataError, match=r"three weights of 0 or more"):
         OrthogonalCompatible(head, classes, lambdas=(1, 2))
@@ -154,7 +158,7 @@ def test_the_weights_of_oca_are_those_of_its_code_unless_told(old):
 
 def test_classifiers_are_served_without_the_rotation(old):
     head = NestedClassifier((2, OLD, OLD + 4), CLASSES, normalise=True)
-    loss = OrthogonalCompatible(head, OldClasses(*old, CLASSES))
+    loss = OrthogonalCompatible(head, OldClasses(old[0], old[1], CLASSES))
     stir(loss)
     new = F.normalize(rows(OLD + 4).detach(), dim=-1)
     turned, plain = head(loss.rotation(new)), loss.plain_head()(new)
@@ -245,7 +249,7 @@ def test_sizes_that_make_no_basis_are_refused(sizes):
 def test_bt2_by_hand(old, with_independent):
     layer, labels = basis(), old[1]
     head = NestedClassifier((8,), CLASSES)
-    loss = BasisTransformation(layer, head, OldClasses(*old, CLASSES, dims=(2, OLD)))
+    loss = BasisTransformation(layer, head, OldClasses(old[0], old[1], CLASSES, dims=(2, OLD)))
     x, independent = rows(10).detach(), rows(8, seed=7).detach()
     found = loss(layer(x), labels, old[0], independent if with_independent else None)
     v, p = layer(x).detach().numpy(), unit(layer.features(x).detach()[:, :8])
@@ -261,8 +265,12 @@ def test_bt2_by_hand(old, with_independent):
 
 def test_bt2_refuses_sizes_that_do_not_fit(old):
     with pytest.raises(DimensionError, match=r"does not fit classifiers of 9 dims"):
-        BasisTransformation(basis(), NestedClassifier((9,), CLASSES), OldClasses(*old, CLASSES))
-    loss = BasisTransformation(basis(), NestedClassifier((8,), CLASSES), OldClasses(*old, CLASSES))
+        BasisTransformation(
+            basis(), NestedClassifier((9,), CLASSES), OldClasses(old[0], old[1], CLASSES)
+        )
+    loss = BasisTransformation(
+        basis(), NestedClassifier((8,), CLASSES), OldClasses(old[0], old[1], CLASSES)
+    )
     with pytest.raises(DataError, match=r"hand them in as `old`"):
         loss(rows(11), old[1])
 

@@ -11,10 +11,13 @@ pytest.importorskip("accelerate", reason="nestvec[train]")
 pytest.importorskip("sentence_transformers", reason="nestvec[text]")
 
 import tiny_model  # noqa: E402  # behind importorskip
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
 
 import nestvec as nv  # noqa: E402
+from nestvec.cli import app  # noqa: E402
 from nestvec.corpus import Examples, Images  # noqa: E402
 from nestvec.encoders.image_network import ImageNetwork, load_image_model  # noqa: E402
 from nestvec.errors import (  # noqa: E402
@@ -26,6 +29,7 @@ from nestvec.errors import (  # noqa: E402
 )
 from nestvec.train import (  # noqa: E402
     OCA_CONFIGURED,
+    InfoNCE,
     Settings,
     StationaryClassifier,
     load_classifier,
@@ -227,9 +231,37 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(stripes, old, t
     assert not out.exists()
 
 
+def test_the_command_keeps_an_old_gallery(stripes, tmp_path):
+    """From pixels on disk to a search of the old gallery, as a shell does it."""
+    for row, label in enumerate(stripes.labels):
+        place = tmp_path / "photos" / stripes.label_names[label] / f"{row}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.kron(stripes.images[row], np.ones((2, 2), np.uint8))).save(place)
+
+    def run(*words):
+        found = CliRunner().invoke(app, [str(word) for word in words])
+        assert found.exit_code == 0, found.output
+        return found
+
+    few = ("--max-steps", 2, "--batch-size", 16, "--json")
+    photos = tmp_path / "photos"
+    run("train", "image", photos, "-o", tmp_path / "old", "--dims", "32,256", *few)
+    options = ("--compatible-with", tmp_path / "old", "--compatible", "bt2", "--extra-dims", 8)
+    run("train", "image", photos, "-o", tmp_path / "new", "--dims", "32", *options, *few)
+    new = nv.ImageEncoder(tmp_path / "new").encode(stripes.images[:3])
+    assert new.space.nesting_dims == (32, 256, 264)
+    old = nv.ImageEncoder(tmp_path / "old")
+    assert compatible_prefix(new).space == old.space
+    refused = CliRunner().invoke(
+        app, ["train", "image", str(photos), "-o", str(tmp_path / "x"), "--objective", "simplex"]
+    )
+    assert refused.exit_code == 2
+    assert "needs capacity" in " ".join(refused.output.split())
+
+
 # --- texts ----------------------------------------------------------------------------------------
 
-WORDS = "wing flow heat shock layer plate cone jet".split()
+WORDS = ["wing", "flow", "heat", "shock", "layer", "plate", "cone", "jet"]
 
 
 def pairs(n=64):
@@ -285,5 +317,5 @@ def test_texts_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"is for pairs and triplets, and these are labelled"):
         train_text(base, labelled, tmp_path / "x", compatible_with=base)
     with pytest.raises(DataError, match=r"brings its own objective"):
-        train_text(base, pairs(), tmp_path / "x", compatible_with=base, objective=len)
+        train_text(base, pairs(), tmp_path / "x", compatible_with=base, objective=InfoNCE())
     assert not (tmp_path / "x").exists()
