@@ -100,7 +100,7 @@ class Upgraded:
         empty = self._copy("empty")
         none = Upgrade.start(empty, self.sample, version=0)  # none of the sample counts as done
         at_0 = self.values(none.index)
-        Upgrade.start(self.begun, self.sample, bridge=none.bridge)
+        Upgrade.start(self.begun, self.sample)  # the same bridge
         logged = np.random.default_rng([self.seed, 2]).choice(len(self.asks), LOGGED, p=self.often)
         returned = none.index.search(self.asks, K).ids[logged]
         traffic = count_ids(returned.ravel().tolist())

@@ -45,12 +45,16 @@ def by_hand(index, model, asked, done, bridge, scale, passes):
     old_asked = bridge.transform(asked).array
     answers = []
     for new_query, old_query in zip(asked.array, old_asked, strict=True):
+        # the sample: as good as its best 20 are for the one, they are for the other
+        best = [sorted(w.row(model, i, 0) @ new_query for i in range(60))[-20:]]
+        best += [sorted(w.row(model - 1, i, 0) @ old_query for i in range(60))[-20:]]
+        offset = np.mean(best[0]) - scale.slope * np.mean(best[1])
         scored = []
         for i, value in rows.items():
             if i in done:
                 score = w.row(model, i, value) @ new_query
             else:
-                score = scale.slope * (w.row(model - 1, i, value) @ old_query) + scale.offset
+                score = scale.slope * (w.row(model - 1, i, value) @ old_query) + offset
             scored.append((i, score))
         answers.append(sorted(scored, key=lambda pair: -pair[1]))
     return answers
@@ -240,6 +244,16 @@ def test_by_traffic_what_is_asked_for_most_comes_first(upgrade):
     assert sorted(seen) == list(range(60, IDS))  # the sample was done before
     counts = [traffic.get(i, 0) for i in seen]
     assert counts == sorted(counts, reverse=True)
+
+
+def test_by_traffic_what_is_like_that_comes_next(upgrade):
+    seen = asked_for(upgrade, traffic={3: 5, 70: 2})  # the first is done already
+    assert seen[0] == 70
+    rows = np.stack([w.row(0, i, 0) for i in range(IDS)])
+    likeness = {i: np.exp((rows[i] @ rows[[3, 70]].T - 1) / 0.1) @ [5, 2] for i in range(IDS)}
+    np.testing.assert_allclose(
+        [likeness[i] for i in seen[1:]], sorted((likeness[i] for i in seen[1:]), reverse=True)
+    )
 
 
 def test_at_random_the_seed_says_the_order(tmp_path):
@@ -568,6 +582,16 @@ def test_rows_written_since_a_sample_was_read_are_left_out(index):
     upgrade = Upgrade.start(index, sample, bridge=bridge(1), version=version)
     assert upgrade.status().done == 58
     assert not {5, 6} & done_ids(upgrade)
+
+
+def test_an_upgrade_may_begin_with_no_row_that_is_done(index):
+    upgrade = begin(index, version=0)
+    assert upgrade.status().done == 0
+    assert_as_by_hand(upgrade)
+    with pytest.raises(DataError, match="none are yet"):
+        fill(upgrade, order="bridge_error")
+    assert fill(upgrade) == IDS
+    assert_as_by_hand(upgrade)
 
 
 @pytest.mark.parametrize(

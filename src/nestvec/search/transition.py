@@ -3,11 +3,12 @@
 ::
 
     docs.nest/upgrade/
-      upgrade.json    this file is the upgrade: it appears with all the rest, and goes first
-      bridge/         the map that takes vectors of the new Space to the old one
-      new/            an index of the new Space, of the rows that have new vectors
-      lock            held by who backfills, finishes or rolls back
-      backfill.json   how fast the last backfill was
+      upgrade.json         this file is the upgrade: it appears with all the rest, and goes first
+      bridge/              the map that takes vectors of the new Space to the old one
+      sample.safetensors   rows that both models have seen, for the scale of scores
+      new/                 an index of the new Space, of the rows that have new vectors
+      lock                 held by who backfills, finishes or rolls back
+      backfill.json        how fast the last backfill was
 
 A row of ``new/`` is true while the record of the old index has the row ``of_row`` with the version
 of last update ``of_version``: so an upsert or a delete there needs no second write here. Rows of
@@ -20,9 +21,14 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nestvec import __version__
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from nestvec import __version__, _checks
 from nestvec._atomic import sync_folder
 from nestvec._extras import require
 from nestvec.errors import FileFormatError, SpaceError
@@ -33,8 +39,10 @@ pa = require("pyarrow", extra="index", why="an index")
 
 FOLDER = "upgrade"
 STATE = f"{FOLDER}/upgrade.json"
-NEW, BRIDGE, LOCK = "new", "bridge", "lock"
+NEW, BRIDGE, YARDSTICK, LOCK = "new", "bridge", "sample.safetensors", "lock"
 FORMAT = 1
+_NEAREST = 20
+_QUERIES_AT_ONCE = 1024
 #: What an index has in its folder, beside its stamp and its lock.
 INDEX_FILES = ("record", "checksums", "derived", "readers", "desk", "plan.json")
 
@@ -45,17 +53,58 @@ KEYS = pa.schema([("of_row", pa.int64()), ("of_version", pa.int64()), ("bridged"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a cosine of a bridged query with an old vector would be between new vectors.
+    """How scores of a bridged query and the new model's own are alike, near the best ones.
 
-    ``slope * cosine + offset``, fitted by least squares on ``n`` pairs of a query and one of its
-    nearest rows; ``correlation`` between the two, and the ``error`` that is left (rms).
+    From the best on, new scores fall ``slope`` times as fast. ``correlation`` of the two within the
+    rows nearest to a query, and the ``error`` that is left (rms), over ``n`` pairs.
     """
 
     slope: float
-    offset: float
     correlation: float
     error: float
     n: int
+
+
+class Yardstick(NamedTuple):
+    """Rows that both models have seen: they say what a score of either is worth, query by query."""
+
+    new: NDArray[np.float32]
+    """(n, dim_new), of length 1."""
+    old: NDArray[np.float32]
+    """(n, dim_old), of length 1."""
+
+    def offsets(
+        self, asked: NDArray[np.float32], bridged: NDArray[np.float32], slope: float
+    ) -> NDArray[np.float32]:
+        """Return what to add to ``slope`` times a bridged cosine, (n_queries, 1)."""
+        found = np.empty((len(asked), 1), np.float32)
+        for start in range(0, len(asked), _QUERIES_AT_ONCE):
+            some = slice(start, start + _QUERIES_AT_ONCE)
+            here = nearest(_checks.normalise(asked[some]) @ self.new.T)
+            there = nearest(_checks.normalise(bridged[some]) @ self.old.T)
+            found[some, 0] = here.mean(axis=1) - slope * there.mean(axis=1)
+        return found
+
+    def save(self, file: Path) -> None:
+        """Write the rows; whoever calls this makes it durable."""
+        save_file(self._asdict(), file)
+
+    @classmethod
+    def load(cls, file: Path) -> Yardstick:
+        """Read what `save` wrote; raises `FileFormatError`."""
+        try:
+            return cls(**load_file(file))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise FileFormatError(
+                f"{file} cannot be read ({error}). Restore it from a backup, or remove "
+                f"{file.parent}, which takes the upgrade back; the index is whole."
+            ) from error
+
+
+def nearest(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the best 20 scores of each query, sorted: as many as answers are looked at."""
+    n = min(_NEAREST, scores.shape[1] - 1)  # one of them may be the query itself
+    return -np.sort(np.partition(-scores, n - 1, axis=1)[:, :n], axis=1)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """An index under upgrade, as queries of its new Space see it: old rows and new ones, one gallery.
 
 Rows that have new vectors are scored by those, all others through the bridge by their old vectors
-and the plan of the old index. The second kind of score is calibrated to the first, and the two
-lists become one; a row that is in the first list's gallery is masked in the second's.
+and the plan of the old index. The second kind of score is put on the scale of the first, query by
+query (`Yardstick`), and the two lists become one; a row that is in the first list's gallery is
+masked in the second's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from nestvec.search.index import Index
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Keys, Snapshot, Store, Written
 from nestvec.search.store.incoming import batches_of
-from nestvec.search.transition import BRIDGE, FOLDER, KEYS, NEW, STATE, State, home_name
+from nestvec.search.transition import (
+    BRIDGE,
+    FOLDER,
+    KEYS,
+    NEW,
+    STATE,
+    YARDSTICK,
+    State,
+    Yardstick,
+    home_name,
+)
 from nestvec.search.view import Mask, View
 from nestvec.space import Embeddings, Space
 
@@ -35,7 +46,8 @@ class Sides(NamedTuple):
     done: Mask
     """Rows of the new view that are true."""
     place: NDArray[np.int64]
-    """(rows of the new view,) Their number in the old view; -1 where they are not true."""
+    """(rows of the new view + 1,) Their number in the old view; -1 where they are not true, and at
+    the end, so that a row that is missing, which is -1, stays so."""
     keys: Keys
     """Of all live rows of the old index, in the order of its record."""
     is_done: NDArray[np.bool_]
@@ -49,10 +61,13 @@ class Sides(NamedTuple):
 class Upgrading:
     """An upgrade that is under way; made by `Index`, which hands it what is of the new Space."""
 
-    def __init__(self, index: Index, state: State, bridge: FittedMap, new: Index) -> None:
+    def __init__(
+        self, index: Index, state: State, bridge: FittedMap, known: Yardstick, new: Index
+    ) -> None:
         self.index = index
         self.state = state
         self.bridge = bridge
+        self.known = known
         self.new = new
         self._lock = threading.Lock()
         self._sides: tuple[View, View, Sides] | None = None
@@ -69,7 +84,8 @@ class Upgrading:
             return None
         durability = index._store.durability
         new = Index.open(folder / NEW, durability=durability, show_progress=index.show_progress)
-        return cls(index, state, load_map(folder / BRIDGE), new)
+        bridge, known = load_map(folder / BRIDGE), Yardstick.load(folder / YARDSTICK)
+        return cls(index, state, bridge, known, new)
 
     @property
     def space(self) -> Space:
@@ -117,10 +133,11 @@ class Upgrading:
         k = plan.cascade.stages[-1].keep
         every = Plan(Cascade([Stage(self.space.size, k)]))
         here = engine.run(every, queries, new, done, threads=threads)
-        there = engine.run(plan, self.bridged(queries), old, pending, threads=threads)
-        scale = self.state.calibration
-        calibrated = (scale.slope * there.scores + scale.offset).astype(np.float32)
-        placed = np.where(here.rows >= 0, sides.place[here.rows], -1)
+        bridged = self.bridged(queries)
+        there = engine.run(plan, bridged, old, pending, threads=threads)
+        slope = np.float32(self.state.calibration.slope)
+        calibrated = slope * there.scores + self.known.offsets(queries, bridged, float(slope))
+        placed = sides.place[here.rows]
         rows = np.concatenate([placed, there.rows], axis=1)
         scores = np.concatenate([here.scores, calibrated], axis=1)
         order = np.lexsort((rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
@@ -223,7 +240,7 @@ def _joined(
     by_place = np.argsort(at, kind="stable")
     numbers = old.rows_of(keys)
     new_numbers = new.rows_of(Keys(new_keys.row_ids[true], new_keys.updated[true]))
-    place = np.full(len(new.generation) + new.n_fresh, -1)
+    place = np.full(len(new.generation) + new.n_fresh + 1, -1)
     place[new_numbers] = numbers[at]
     return Sides(
         pending=_only(old, numbers[~is_done]),
@@ -254,6 +271,6 @@ def _both(pending: Mask, passing: Mask) -> Mask:
 def _at_places(place: NDArray[np.int64], passing: Mask, n_derived: int) -> Mask:
     """Return the mask of the rows whose places in the other view pass."""
     passes = np.concatenate([passing.derived, passing.fresh, [False]])  # the last is place -1
-    found = passes[place]
+    found = passes[place[:-1]]
     derived = found[:n_derived]
     return Mask(derived, found[n_derived:], int(np.count_nonzero(derived)))

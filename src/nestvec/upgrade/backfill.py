@@ -24,7 +24,7 @@ from nestvec.upgrade.order import pending_rows
 from nestvec.upgrade.sources import NewVectors
 
 PACE = "backfill.json"
-_ROWS_AN_ORDER = 20_000  # rows are ordered anew after as many: writes go on meanwhile
+_ROWS_AN_ORDER = 20_000  # rows are ordered anew after as many, or a tenth: writes go on meanwhile
 _ROWS_A_PIECE = 8192
 _S_A_PIECE = 2.0  # what a kill can cost
 _FRAGMENTS = 64  # pieces of the new index before they are joined
@@ -58,8 +58,8 @@ def backfill(
                 rows = rows[keys.updated[rows] <= newest]
             if vectors.is_made and len(rows):
                 rows = rows[vectors.has(old.ids(old.rows_of(keys.at(rows))))]
-            rows = rows[: _ROWS_AN_ORDER if max_rows is None else max_rows - pieces.n]
-            rows = rows[:_ROWS_AN_ORDER]
+            rows = rows[: max(_ROWS_AN_ORDER, total // 10)]
+            rows = rows[: None if max_rows is None else max_rows - pieces.n]
             if not len(rows):
                 break
             size = batch_size if rows_per_second is None else min(batch_size, rows_per_second)

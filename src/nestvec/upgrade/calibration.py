@@ -7,23 +7,25 @@ import numpy as np
 from nestvec import _checks
 from nestvec.errors import DataError
 from nestvec.maps.base import FittedMap
-from nestvec.search.transition import Calibration
+from nestvec.search.transition import Calibration, Yardstick
+from nestvec.search.transition import nearest as nearest_scores
 from nestvec.space import Embeddings
 
-_NEAREST = 20  # rows a query: the scale has to be right where answers are
 _FEWEST_ROWS = 20
+_LEAST_CORRELATION = 0.05
 _MOST_QUERIES = 1000
 
 
 def calibrate(
     bridge: FittedMap, queries: Embeddings, new: Embeddings, old: Embeddings
-) -> Calibration:
-    """Fit the line that takes a bridged cosine to the cosine of the new vectors.
+) -> tuple[Calibration, Yardstick]:
+    """Compare bridged scores with the new model's own, on rows that have both vectors.
 
-    A gallery of which some rows have new vectors gives two lists of answers. To merge them, a
-    bridged score has to say what the new model's own would be, on average: a regression of the one
-    on the other, over the rows nearest by the bridge (which is what the list holds; choosing them
-    by the regressor biases nothing).
+    A gallery of which some rows have new vectors gives two lists of answers. To merge them, the
+    best that the bridge finds has to count as much as the best that the new model would find among
+    the same rows. How much that is differs by query, and is known for each: the rows of this sample
+    are scored both ways when it is asked (`Yardstick`). What is learned here is how fast scores
+    fall from the best on, there and here: the slope between the one list, sorted, and the other.
 
     Parameters
     ----------
@@ -46,25 +48,29 @@ def calibrate(
             f"{_FEWEST_ROWS} or more, best 2,000."
         )
     queries = queries[: min(len(queries), _MOST_QUERIES)]
-    here = _unit(queries) @ _unit(new).T
-    there = _unit(bridge.transform(queries)) @ _unit(old).T
+    known = Yardstick(_checks.normalise(new.array), _checks.normalise(old.array))
+    here = _checks.normalise(queries.array) @ known.new.T
+    there = _checks.normalise(bridge.transform(queries).array) @ known.old.T
     if queries.has_ids and new.has_ids and queries.ids.dtype.kind == new.ids.dtype.kind:
-        there[queries.ids[:, None] == new.ids] = -np.inf  # no pair, but the row itself
-    nearest = np.argsort(-there, axis=1, kind="stable")[:, : min(_NEAREST, len(new) - 1)]
-    x, y = (np.take_along_axis(one, nearest, axis=1).ravel().astype(float) for one in (there, here))
-    slope = float(np.cov(x, y, bias=True)[0, 1] / max(x.var(), 1e-12))
-    offset = float(y.mean() - slope * x.mean())
-    correlation = float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else 0.0
-    if not slope > 0:
+        own = queries.ids[:, None] == new.ids  # no pair, but the row itself
+        here[own] = there[own] = -np.inf
+    sorted_there, sorted_here = nearest_scores(there), nearest_scores(here)
+    x, y = _centred(sorted_there), _centred(sorted_here)
+    slope = float((x * y).sum() / max(float((x * x).sum()), 1e-12))
+    nearest = np.argsort(-there, axis=1, kind="stable")[:, : sorted_there.shape[1]]
+    x, y = (_centred(np.take_along_axis(one, nearest, axis=1)) for one in (there, here))
+    deviations = np.sqrt((x * x).sum() * (y * y).sum())
+    correlation = float((x * y).sum() / deviations) if deviations else 0.0
+    if correlation < _LEAST_CORRELATION:
         raise DataError(
             f"scores through this bridge say nothing of the new model's (correlation "
-            f"{correlation:.2f} over {len(x):,} pairs), so the two cannot be merged. Are the "
+            f"{correlation:.2f} over {x.size:,} pairs), so the two cannot be merged. Are the "
             f"sample's vectors in the order of its ids? Else fit the bridge on more pairs, or "
             f"re-embed all rows into a new index."
         )
-    error = float(np.sqrt(np.mean((slope * x + offset - y) ** 2)))
-    return Calibration(slope, offset, correlation, error, len(x))
+    error = float(np.sqrt(np.mean((slope * x - y) ** 2)))
+    return Calibration(slope, correlation, error, x.size), known
 
 
-def _unit(vectors: Embeddings) -> np.ndarray:
-    return vectors.array if vectors.space.has_unit_rows else _checks.normalise(vectors.array)
+def _centred(scores: np.ndarray) -> np.ndarray:
+    return (scores - scores.mean(axis=1, keepdims=True)).astype(np.float64)

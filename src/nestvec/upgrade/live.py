@@ -38,6 +38,7 @@ from nestvec.search.transition import (
     LOCK,
     NEW,
     STATE,
+    YARDSTICK,
     Calibration,
     State,
     home_name,
@@ -184,12 +185,14 @@ class Upgrade:
             bridge = fit(old=old[some], new=sample[some])
             queries = sample[np.flatnonzero(held_out)] if queries is None else queries
         _check_bridge(found, bridge, sample)
-        scale = calibrate(bridge, sample if queries is None else queries, sample, old)
+        scale, known = calibrate(bridge, sample if queries is None else queries, sample, old)
         keys = snapshot.keys()
         order = np.argsort(keys.row_ids, kind="stable")
         updated = keys.updated[order[np.searchsorted(keys.row_ids, row_ids, sorter=order)]]
         true = np.flatnonzero(updated <= (snapshot.version if version is None else version))
-        first = filling.piece(sample[true], Keys(row_ids[true], updated[true]))
+        first = None
+        if len(true):
+            first = filling.piece(sample[true], Keys(row_ids[true], updated[true]))
         with found._written() as store, store.locked():
             tidy(store)
             _check_none(found)
@@ -204,9 +207,10 @@ class Upgrade:
                     precision=store.layout.precision,
                     payload=KEYS,
                     durability="process",  # all is synced when the folder is put in place
-                    rows=first if len(true) else None,
+                    rows=first,
                 )
                 bridge.save(scratch / BRIDGE)
+                known.save(scratch / YARDSTICK)
                 (scratch / LOCK).touch()
                 state.save(scratch / Path(STATE).name)
         return cls(found)
@@ -273,7 +277,8 @@ class Upgrade:
         column
             The payload column that is embedded; by default the one that `start` was told.
         order
-            ``"traffic"``: what is asked for most, by the counts in ``traffic``.
+            ``"traffic"``: what is asked for most, by the counts in ``traffic``, then what is like
+            it.
             ``"bridge_error"``: what the bridge is expected to miss most. ``"random"``. By default
             by traffic if it is given, else random.
         traffic
