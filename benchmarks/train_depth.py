@@ -52,6 +52,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "grid_hold": {"pairs": "grid", "kl": 0.0, "keep": 10.0},
     "grid_hold_fast": {"pairs": "grid", "kl": 0.0, "keep": 10.0, "rate": 2e-4},
     "edges_hold_fast": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 2e-4},
+    # nearly the teacher alone: ``task`` weighs the contrastive losses
+    "grid_distil": {"pairs": "grid", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
+    "edges_distil": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
 }
 OURS = "grid_hold_fast"
 SEPARATE = ((3, 32), (3, 384), (6, 32), (6, 384))
@@ -168,11 +171,20 @@ def _ours(encoder: Any, method: str, options: dict[str, Any], folder: Path, sett
     if method.startswith("separate"):
         layer, dim = map(int, method.partition("-")[2].split("x"))
         encoder = Layers(encoder).cut(layer)
-        more = {"dims": (dim,), "objective": NestedLoss(InfoNCE(), (dim,))}
+        task = options.get("task", 1.0)
+        more = {"dims": (dim,), "objective": NestedLoss(InfoNCE(), (dim,), weights=(task,))}
         more["keep"] = options.get("keep", 0.0)
     elif method == "fixed":
-        kl = options["kl"]
-        objective = FixedPairs(InfoNCE(), LAYERS, DIMS, pairs=options["pairs"], kl_div_weight=kl)
+        task = options.get("task", 1.0)
+        objective = FixedPairs(
+            InfoNCE(),
+            LAYERS,
+            DIMS,
+            pairs=options["pairs"],
+            last_layer_weight=task,
+            prior_layers_weight=task,
+            kl_div_weight=options["kl"],
+        )
         more |= {"objective": objective, "keep": options["keep"]}
     elif method != "mrl":
         more |= {"layers": "all", "depth": method}
@@ -347,50 +359,78 @@ def grid(seeds: list[int]) -> list[dict[str, Any]]:
 # --- latency ------------------------------------------------------------------------------------
 
 
+Run = Callable[[dict[str, Any]], Any]  # what encodes one batch of tokens
+
+
 def latency() -> list[dict[str, Any]]:
     """Processor time of encoders of l layers over that of all 6: one thread, tokens ready."""
     torch.set_num_threads(1)
-    whole = TextEncoder("all-MiniLM-L6-v2", device="cpu").model
-    shorter = {layer: Layers(whole).cut(layer) for layer in LAYERS}
+    whole = TextEncoder("all-MiniLM-L6-v2", device="cpu")
+    layers = Layers(whole.model)
+    ways: dict[str, dict[int, Run]] = {
+        "exported": {layer: _in_torch(layers.cut(layer)) for layer in LAYERS},
+        "exported_onnx": {layer: _in_onnx(layer) for layer in LAYERS},
+    }
     texts = scored_pairs("stsb", "test")[0][:32]
-    turns = 3 if TRY else 41
+    turns = 4 if TRY else 41
     rows = []
-    for batch in (1, 32):
-        tokens = [whole.preprocess(texts[at : at + batch]) for at in range(0, len(texts), batch)]
-        each: dict[int, list[float]] = {layer: [] for layer in LAYERS}
-        for turn in range(turns):
-            for layer in LAYERS if turn % 2 else LAYERS[::-1]:
-                each[layer].append(_seconds(shorter[layer], tokens))
-        spent = {layer: np.array(times[2:] if not TRY else times) for layer, times in each.items()}
-        for layer in LAYERS:
-            ratios = spent[layer] / spent[N]
-            rows.append(
-                {
-                    "dataset": "stsb",
-                    "method": "exported",
-                    "layer": layer,
-                    "dim": 384,
-                    "metric": f"encoder time, batch {batch}",
-                    "p50_ms": 1000 * float(np.median(spent[layer])) / len(tokens),
-                    "ratio": float(np.median(ratios)),
-                    "low": float(np.quantile(ratios, 0.25)),
-                    "high": float(np.quantile(ratios, 0.75)),
-                    "ratio_to": f"{N} layers",
-                    "value": float(np.median(ratios)) * N / layer,
-                    "n": len(ratios),
-                    "threads": 1,
-                    "note": "processor time; value: the ratio over l/6; quartiles of turns; the "
-                    "embedding layer and the pooling are paid at every depth",
-                }
-            )
+    for method, runs in ways.items():
+        for batch in (1, 32):
+            starts = range(0, len(texts), batch)
+            tokens = [whole.model.preprocess(texts[at : at + batch]) for at in starts]
+            each: dict[int, list[float]] = {layer: [] for layer in LAYERS}
+            for turn in range(turns):
+                for layer in LAYERS if turn % 2 else LAYERS[::-1]:
+                    each[layer].append(_seconds(runs[layer], tokens))
+            spent = {layer: np.array(times[1:]) for layer, times in each.items()}
+            for layer in LAYERS:
+                ratios = spent[layer] / spent[N]
+                rows.append(
+                    {
+                        "dataset": "stsb",
+                        "method": method,
+                        "layer": layer,
+                        "dim": 384,
+                        "metric": f"encoder time, batch {batch}",
+                        "p50_ms": 1000 * float(np.median(spent[layer])) / len(tokens),
+                        "ratio": float(np.median(ratios)),
+                        "low": float(np.quantile(ratios, 0.25)),
+                        "high": float(np.quantile(ratios, 0.75)),
+                        "ratio_to": f"{N} layers",
+                        "value": float(np.median(ratios)) * N / layer,
+                        "n": len(ratios),
+                        "threads": 1,
+                        "note": "processor time; value: the ratio over l/6; quartiles of turns; "
+                        "the embedding layer and the pooling are paid at every depth",
+                    }
+                )
     return rows
 
 
-def _seconds(encoder: Any, tokens: list[dict[str, Any]]) -> float:
+def _in_torch(encoder: Any) -> Run:
+    return lambda tokens: encoder(dict(tokens))
+
+
+def _in_onnx(layer: int) -> Run:
+    import onnxruntime
+
+    from nestvec.encoders.onnx import export_onnx
+
+    file = _frame.cache_folder(NAME) / f"layers-{layer}.onnx"
+    shorter = TextEncoder("all-MiniLM-L6-v2", device="cpu", layer=layer)
+    shorter.space.check_same(export_onnx(shorter, file))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(file), options)
+    names = [one.name for one in session.get_inputs()]
+    return lambda tokens: session.run(None, {name: tokens[name].numpy() for name in names})
+
+
+def _seconds(run: Run, tokens: list[dict[str, Any]]) -> float:
     with torch.inference_mode():
         started = time.process_time()
         for batch in tokens:
-            encoder(dict(batch))
+            run(batch)
         return time.process_time() - started
 
 
