@@ -44,7 +44,8 @@ def test_each_cell_is_the_measure_of_its_layer_alone(layers):
             got = curve.get(method, dim, layer=layer)
             assert got["value"] == pytest.approx(alone.get(method, dim)["value"], abs=1e-12)
             assert got["layer"] == (None if layer == 3 else layer)
-    last = nv.measure(*sides[3], qrels, **QUICK)
+    docs, queries = sides[3]
+    last = nv.measure(docs, queries, qrels, **QUICK)
     assert [row["dim"] for row in curve.select()] == [row["dim"] for row in last.select()]
     assert curve.verdict() == last.verdict()
 

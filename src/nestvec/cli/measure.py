@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from nestvec.cli._common import (
     Json,
     LabelColumn,
     ModelName,
+    Role,
     command,
     fail,
     note,
@@ -261,17 +263,17 @@ def _of_layers(
         fail(f"--layers is for text models, and {encoder.source} is none; leave it out.")
     n = Layers(encoder.model).n
     chosen = sorted({*parse_layers(layers, n), n})  # the whole encoder is what others are beside
-    sides = {}
-    for role, texts, ids in (
-        ("document", found.doc_texts, found.doc_ids),
-        ("query", found.query_texts, found.query_ids),
-    ):
+
+    def side(role: Role, texts: Sequence[str], ids: Sequence[str]) -> dict[int, Embeddings]:
         key = hashlib.sha256(f"{encoder.space.space_id} {chosen} {ids}".encode()).hexdigest()[:8]
         kept = work / f"layers-{role}-{key}"
-        sides[role] = encoder.encode_layers(
+        return encoder.encode_layers(
             list(texts), layers=chosen, role=role, ids=list(ids), resume=kept, show_progress=True
         )
-    return {layer: (sides["document"][layer], sides["query"][layer]) for layer in chosen}
+
+    docs = side("document", found.doc_texts, found.doc_ids)
+    asks = side("query", found.query_texts, found.query_ids)
+    return {layer: (docs[layer], asks[layer]) for layer in chosen}
 
 
 def _all_or_none(task: str, **given: Path | None) -> None:
