@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true", help="fill the cache, write nothing")
     parser.add_argument("--try", action="store_true", dest="tried", help="two steps of everything")
     parser.add_argument(
-        "--without", default="", help="methods to leave out: adore, which needs star"
+        "--without", default="", help="not on the test queries: adore, adore_mapped, or both"
     )
     chosen = parser.parse_args()
     WITHOUT.update(filter(None, chosen.without.split(",")))
