@@ -1,6 +1,7 @@
 """How good is a gallery that is partly upgraded, and how much of the gain comes how early?
 
-    python benchmarks/backfill.py [--sets scifact,npl] [--seeds 0,1,2] [--try]
+    python benchmarks/backfill.py [--pairs cut3:minilm,minilm:finetuned] [--sets scifact,npl]
+        [--seeds 0,1,2] [--try]
 
 An index of a weaker model's vectors is upgraded to a better one by `nestvec.upgrade.Upgrade`: a
 bridge from a tenth of the rows, then rows are re-embedded in steps of 10%, in each order. After
@@ -12,24 +13,24 @@ each step the new model's queries search the index as it is. Three figures:
   before the backfill, is what the order "traffic" goes by;
 * recall@10: the share of what full re-embedding finds.
 
-The old model is all-MiniLM-L6-v2 left after layer 3 of its 6, the new one is all of it. Rows are
-re-embedded from the index's own texts' vectors, which are kept, so no step encodes again.
+The encoders and their vectors are those of `_encoders`, which `benchmarks/bridge.py` fills, best on
+a GPU): all-MiniLM-L6-v2 left after layer 3 of its 6, upgraded to all of it; and that, upgraded to
+itself trained on SciFact. No step encodes again.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _encoders
 import _frame
-import _sets
 import numpy as np
 
 import nestvec as nv
-from nestvec.encoders import TextEncoder
 from nestvec.measurement.bootstrap import Estimate, resample
 from nestvec.measurement.metrics import per_query
 from nestvec.upgrade import Upgrade
@@ -37,31 +38,33 @@ from nestvec.upgrade.order import ORDERS, count_ids
 
 NAME = "backfill"
 QUESTION = "How good is a gallery that is partly upgraded, in each order?"
-PAIR = "all-MiniLM-L6-v2 after layer 3 -> all-MiniLM-L6-v2"
 STEPS = 10
 LOGGED = 2000  # queries
 K = 10
 METRICS = ("nDCG@10", "nDCG@10 by traffic", "recall@10")
 
 
-def old_vectors(found: _sets.Retrieval) -> tuple[nv.Embeddings, nv.Embeddings]:
-    """Return documents and queries by the old model, made once."""
-    folder = _frame.cache_folder("vectors")
-    model = None
-    sides = []
-    for part, of, texts in zip(
-        ("document", "query"), (found.docs, found.queries), found.texts, strict=True
-    ):
-        path = folder / f"{found.name}-cut3-{part}.safetensors"
-        if not path.is_file():
-            if model is None:
-                whole = copy.deepcopy(TextEncoder(_sets.MODEL).model)
-                layers: Any = whole[0].auto_model.encoder
-                layers.layer = layers.layer[:3]
-                model = TextEncoder(whole)
-            model.encode(texts, role=part, ids=of.ids.tolist(), show_progress=True).save(path)
-        sides.append(nv.load(path))
-    return sides[0], sides[1]
+@dataclass(frozen=True)
+class Case:
+    """One set by two encoders."""
+
+    name: str
+    pair: str
+    old: dict[str, nv.Embeddings]
+    new: dict[str, nv.Embeddings]
+    qrels: dict[str, dict[str, int]]
+
+    @classmethod
+    def read(cls, name: str, pair: str) -> Case:
+        """Read the vectors that were kept."""
+        old, new = pair.split(":")
+        return cls(
+            name,
+            f"{old} -> {new}",
+            _encoders.vectors(old, name),
+            _encoders.vectors(new, name),
+            _encoders.texts(name).qrels["test"],
+        )
 
 
 def zipf(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -73,30 +76,31 @@ def zipf(n: int, rng: np.random.Generator) -> np.ndarray:
 class Upgraded:
     """One set, one seed: an index, its queries, and what is measured on it."""
 
-    def __init__(self, found: _sets.Retrieval, old: nv.Embeddings, seed: int, place: Path) -> None:
-        self.found, self.seed, self.place = found, seed, place
+    def __init__(self, case: Case, seed: int, place: Path) -> None:
+        self.case, self.seed, self.place = case, seed, place
         self.rng = np.random.default_rng([seed, 1])
-        asked = [i for i, q in enumerate(found.queries.ids.tolist()) if found.qrels.get(q)]
-        self.asks = found.queries[np.array(asked)]
+        docs = case.new["docs"]
+        asked = [i for i, q in enumerate(case.new["test"].ids.tolist()) if case.qrels.get(q)]
+        self.asks = case.new["test"][np.array(asked)]
         self.often = zipf(len(self.asks), self.rng)
-        full = self.asks.array @ found.docs.array.T
-        self.best = found.docs.ids[np.argsort(-full, axis=1, kind="stable")[:, :K]]
+        full = self.asks.array @ docs.array.T
+        self.best = docs.ids[np.argsort(-full, axis=1, kind="stable")[:, :K]]
         shutil.rmtree(place, ignore_errors=True)
         self.begun = place / "begun.nest"
-        nv.Index.create(self.begun, old, durability="process")
-        n = len(found.docs) // STEPS
-        self.sample = found.docs[np.sort(self.rng.permutation(len(found.docs))[:n])]
+        nv.Index.create(self.begun, case.old["docs"], durability="process")
+        n = len(docs) // STEPS
+        self.sample = docs[np.sort(self.rng.permutation(len(docs))[:n])]
 
     def values(self, index: nv.Index) -> np.ndarray:
         """Return nDCG@10 and the recall of full re-embedding's ten, (2, n_queries)."""
         hits = index.search(self.asks, K)
         names = self.asks.ids.tolist()
-        ndcg = per_query(hits.ids.tolist(), names, self.found.qrels, ["nDCG@10"])["nDCG@10"]
+        ndcg = per_query(hits.ids.tolist(), names, self.case.qrels, ["nDCG@10"])["nDCG@10"]
         kept = [np.isin(a, b).mean() for a, b in zip(self.best, hits.ids, strict=True)]
         return np.array([ndcg, kept])
 
-    def run(self) -> dict[str, list[tuple[float, np.ndarray]]]:
-        """Return for each order the share that is done, and what it is worth, step by step."""
+    def run(self) -> dict[str, list[np.ndarray]]:
+        """Return for each order what the index is worth, step by step."""
         empty = self._copy("empty")
         none = Upgrade.start(empty, self.sample, version=0)  # none of the sample counts as done
         at_0 = self.values(none.index)
@@ -107,21 +111,20 @@ class Upgraded:
         found = {}
         for order in ORDERS:
             upgrade = Upgrade.open(self._copy(order))
-            steps = [(0.0, at_0)]
+            steps = [at_0]
             n = upgrade.status().rows
             for step in range(1, STEPS + 1):
                 wanted = round(n * step / STEPS) if step < STEPS else n
                 more = wanted - upgrade.status().done
                 if more > 0:
                     upgrade.backfill(
-                        self.found.docs,
+                        self.case.new["docs"],
                         order=order,
                         traffic=traffic if order == "traffic" else None,
                         max_rows=more,
                         seed=self.seed,
                     )
-                share = upgrade.status().done / n
-                steps.append((share, self.values(upgrade.index)))
+                steps.append(self.values(upgrade.index))
             found[order] = steps
         shutil.rmtree(self.place)
         return found
@@ -130,24 +133,24 @@ class Upgraded:
         return Path(shutil.copytree(self.begun, self.place / f"{name}.nest"))
 
 
-def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
-    """Return the rows of one set: steps of each order, over all seeds."""
-    found = _sets.retrieval(name)
-    old, old_asks = old_vectors(found)
+def measured(name: str, pair: str, seeds: list[int]) -> list[dict[str, Any]]:
+    """Return the rows of one set and pair: steps of each order, over all seeds."""
+    case = Case.read(name, pair)
     runs = []
     for seed in seeds:
-        one = Upgraded(found, old, seed, _frame.cache_folder(f"{NAME}-{name}-{seed}"))
+        place = _frame.cache_folder(f"{NAME}-{name}-{pair.replace(':', '-')}-{seed}")
+        one = Upgraded(case, seed, place)
         runs.append((one, one.run()))
-        print(f"{name} seed {seed}", flush=True)
-    scores = old_asks.array @ old.array.T
+        print(f"{name} {pair} seed {seed}", flush=True)
     asked = runs[0][0].asks.ids.tolist()
-    ids = old.ids[np.argsort(-scores, axis=1, kind="stable")[:, :K]]
-    ranked = dict(zip(old_asks.ids.tolist(), ids.tolist(), strict=True))
-    old_old = per_query([ranked[q] for q in asked], asked, found.qrels, ["nDCG@10"])["nDCG@10"]
+    old_asks, docs = case.old["test"], case.old["docs"]
+    scores = old_asks.array[old_asks.rows_of(asked)] @ docs.array.T
+    ranked = docs.ids[np.argsort(-scores, axis=1, kind="stable")[:, :K]]
+    old_old = per_query(ranked.tolist(), asked, case.qrels, ["nDCG@10"])["nDCG@10"]
     rows = [
         {
             "dataset": name,
-            "pair": PAIR,
+            "pair": case.pair,
             "method": "old queries on the old gallery",
             "metric": "nDCG@10",
             "value": float(old_old.mean()),
@@ -155,18 +158,21 @@ def measured(name: str, seeds: list[int]) -> list[dict[str, Any]]:
         }
     ]
     for order in ORDERS:
-        rows += steps_of(name, order, [(one, by_order[order]) for one, by_order in runs], seeds)
+        rows += steps_of(order, [(one, by_order[order]) for one, by_order in runs])
     return rows
 
 
-def steps_of(
-    name: str, order: str, runs: list[tuple[Upgraded, list[Any]]], seeds: list[int]
-) -> list[dict[str, Any]]:
+def steps_of(order: str, runs: list[tuple[Upgraded, list[Any]]]) -> list[dict[str, Any]]:
     """Return the rows of one order: each step's figures, and what they come to."""
-    n_asks = len(runs[0][0].asks)
-    head = {"dataset": name, "pair": PAIR, "order": order, "n": n_asks * len(seeds)}
-    head["n_pairs"] = len(runs[0][0].sample)
-    shares = [share for share, _ in runs[0][1]]
+    first = runs[0][0]
+    n_asks = len(first.asks)
+    head = {
+        "dataset": first.case.name,
+        "pair": first.case.pair,
+        "order": order,
+        "n": n_asks * len(runs),
+        "n_pairs": len(first.sample),
+    }
     rows = []
     for metric in METRICS:
         # (steps, seeds * queries): a value a query, as often as it counts
@@ -178,19 +184,19 @@ def steps_of(
         )
         values = np.array(
             [
-                np.concatenate([steps[step][1][int(metric == "recall@10")] for _, steps in runs])
+                np.concatenate([steps[step][int(metric == "recall@10")] for _, steps in runs])
                 for step in range(STEPS + 1)
             ]
         )
         found = resample(values * weights, seed=0)
         low, high = found.interval()
-        for step, share in enumerate(shares):
+        for step in range(STEPS + 1):
             rows.append(
                 {
                     **head,
                     "method": "partial backfill",
                     "metric": metric,
-                    "share_backfilled": round(share, 4),
+                    "share_backfilled": step / STEPS,
                     "value": float(found.value[step]),
                     "low": float(low[step]),
                     "high": float(high[step]),
@@ -232,6 +238,7 @@ def come_to(head: dict[str, Any], metric: str, found: Estimate) -> list[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--pairs", default="cut3:minilm,minilm:finetuned")
     parser.add_argument("--sets", default="scifact,npl")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--try", dest="trial", action="store_true", help="one seed, no result file")
@@ -239,9 +246,10 @@ def main() -> None:
     sets = asked.sets.split(",")
     seeds = [0] if asked.trial else [int(seed) for seed in asked.seeds.split(",")]
     meta = _frame.meta(seeds=seeds, data=sets, question=QUESTION)
-    rows = [row for name in sets for row in measured(name, seeds)]
+    pairs = asked.pairs.split(",")
+    rows = [row for name in sets for pair in pairs for row in measured(name, pair, seeds)]
     for row in rows:
-        said = [row.get(key, "") for key in ("dataset", "order", "method", "metric")]
+        said = [row.get(key, "") for key in ("dataset", "pair", "order", "method", "metric")]
         print(*said, row.get("share_backfilled", ""), f"{row['value']:.4f}", row.get("share", ""))
     if not asked.trial:
         _frame.write(NAME, rows, meta)
