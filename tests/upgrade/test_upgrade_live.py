@@ -161,6 +161,10 @@ def test_one_query_and_many_find_the_same(index, upgrade):
 
 
 def test_answers_say_what_each_side_did(index, upgrade):
+    hits = index.search(queries(1), 30)
+    for answer in hits.explain(1)["answers"]:
+        (stage,) = answer["place"]
+        assert stage == ("new 24@30" if answer["id"] < 60 else "16@30")
     said = index.search(queries(1), 3).explain(1)
     assert [stage["stage"] for stage in said["stages"]] == ["16@3", "new 24@3"]
     assert [stage["rows_scored"] for stage in said["stages"]] == [IDS - 60, 60]

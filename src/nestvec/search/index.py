@@ -96,9 +96,11 @@ class Hits:
 
         ``stages``: the stage, rows scored a query, milliseconds of the whole batch. ``answers``:
         id, score, and its place (1 is first) after each stage; a row written since structures were
-        built has the place ``"fresh"``: it is scored exactly, beside them.
+        built has the place ``"fresh"``: it is scored exactly, beside them. During an upgrade a row
+        has places on its side only, that of old vectors or of new ones.
         """
         stages = [dict(stage) for stage in self._found.stages]
+        one_side = not stages or not stages[-1]["stage"].startswith("new ")
         answers = []
         for row, id_, score in zip(
             self._found.rows[query], self.ids[query], self.scores[query], strict=True
@@ -108,7 +110,10 @@ class Hits:
             place: dict[str, int | str] = {}
             for stage, short in zip(stages, self._found.shortlists, strict=True):
                 at = np.flatnonzero(short[query] == row)
-                place[stage["stage"]] = int(at[0]) + 1 if len(at) else "fresh"
+                if len(at):
+                    place[stage["stage"]] = int(at[0]) + 1
+                elif one_side:
+                    place[stage["stage"]] = "fresh"
             answers.append({"id": id_.item(), "score": float(score), "place": place})
         return {"plan": str(self.plan), "stages": stages, "answers": answers}
 
