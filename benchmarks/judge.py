@@ -31,7 +31,8 @@ from nestvec.measurement.bootstrap import resample
 from nestvec.upgrade.judgement import MARGIN
 
 Sides = dict[str, nv.Embeddings]  # docs, and queries by split
-SPLITS = {"clinc150": ("judge", "truth"), "scifact": ("test", "train")}
+#: Not SciFact: its many queries are those that the fine-tuned model was trained on.
+DATASET, JUDGED, TRUTH = "clinc150", "judge", "truth"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Upgrade:
     name: str
     old: str
     new: str
-    dataset: str = "clinc150"
     n_pairs: int = 1000
     accident: Callable[[Sides, Sides, list], tuple[Sides, Sides, list]] | None = None
     of_new: Callable[[np.ndarray], np.ndarray] | None = None  # the new model, made of the old one
@@ -87,15 +87,14 @@ def permuted(part: str | None, which: str) -> Callable[..., tuple[Sides, Sides, 
 
 def another_models_queries(old: Sides, new: Sides, pairs: list) -> tuple[Sides, Sides, list]:
     """Queries come from a third model and say that they come from the new one."""
-    third = _encoders.vectors("other", "clinc150")
-    wrong = {n: side.replaced(third[n].array, side.space) for n, side in new.items() if n != "docs"}
+    third = _encoders.vectors("other", DATASET)
+    wrong = {n: new[n].replaced(third[n].array, new[n].space) for n in (JUDGED, TRUTH)}
     return old, {**new, **wrong}, pairs
 
 
 def other_letters(old: Sides, new: Sides, pairs: list) -> tuple[Sides, Sides, list]:
     """The new model is asked in letters that its tokenizer does not know."""
-    coded = {n: s.replaced(new[f"{n} coded"].array, s.space)
-             for n, s in new.items() if f"{n} coded" in new}  # fmt: skip
+    coded = {n: new[n].replaced(new[f"{n} coded"].array, new[n].space) for n in (JUDGED, TRUTH)}
     return old, {**new, **coded}, pairs
 
 
@@ -107,8 +106,8 @@ UPGRADES = (
     Upgrade("from 3 layers to 6", "cut3", "minilm"),
     Upgrade("from LSA to 3 layers", "lsa300", "cut3"),
     Upgrade("from another training to MiniLM", "other", "minilm"),
-    Upgrade("from MiniLM to its fine-tuned self", "minilm", "finetuned", "scifact"),
-    Upgrade("from LSA to the fine-tuned MiniLM", "lsa300", "finetuned", "scifact"),
+    Upgrade("from MiniLM to its fine-tuned self", "minilm", "finetuned"),
+    Upgrade("from LSA to the fine-tuned MiniLM", "lsa300", "finetuned"),
     # expected to be bad
     Upgrade("wrong model: noise", "minilm", "minilm", of_new=noise_model),
     Upgrade(
@@ -126,15 +125,15 @@ UPGRADES = (
 
 def prepared(up: Upgrade) -> tuple[Sides, Sides, Any]:
     """Return both sides and the bridge, accident included."""
-    old = _encoders.vectors(up.old, up.dataset)
+    old = _encoders.vectors(up.old, DATASET)
     if up.of_new is None:
-        new = _encoders.vectors(up.new, up.dataset)
-        pairs = list(_encoders.pairs(up.old, up.new, up.dataset, up.n_pairs))
+        new = _encoders.vectors(up.new, DATASET)
+        pairs = list(_encoders.pairs(up.old, up.new, DATASET, up.n_pairs))
     else:
         dims = old["docs"].space.nesting_dims
         space = nv.Space.declared("new", dim=dims[-1], nesting_dims=dims)
         new = {part: side.replaced(up.of_new(side.array), space) for part, side in old.items()}
-        sample = _encoders.pairs(up.old, up.old, up.dataset, up.n_pairs)[0]
+        sample = _encoders.pairs(up.old, up.old, DATASET, up.n_pairs)[0]
         pairs = [sample, sample.replaced(up.of_new(sample.array), space)]
     if up.accident is not None:
         old, new, pairs = up.accident(old, new, pairs)
@@ -146,10 +145,9 @@ def true_difference(
     up: Upgrade, old: Sides, new: Sides, bridge: Any
 ) -> tuple[float, float, float, int]:
     """Return nDCG@10 of new minus old queries on the old gallery: value, low, high, queries."""
-    split = SPLITS[up.dataset][1]
-    qrels = _encoders.texts(up.dataset).qrels[split]
+    qrels = _encoders.texts(DATASET).qrels[TRUTH]
     found = []
-    for asks in (old[split], bridge.transform(new[split])):
+    for asks in (old[TRUTH], bridge.transform(new[TRUTH])):
         task = RetrievalTask(old["docs"], asks, qrels, metrics=("nDCG@10",))
         found.append(task.score(task.asking.array, old["docs"].array)["nDCG@10"])
     estimate = resample(np.stack(found), seed=1)
@@ -163,8 +161,7 @@ def rows_of(up: Upgrade) -> list[dict[str, Any]]:
     truth = "good" if low > -MARGIN else "bad" if high < -MARGIN else "open"
     if "permuted ids in the old gallery" in up.name:
         truth = "bad"  # both sides find nothing: equal, and neither is any use
-    split = SPLITS[up.dataset][0]
-    common = {"dataset": up.dataset, "pair": f"{up.old} -> {up.new}", "seed": _encoders.SEED}
+    common = {"dataset": DATASET, "pair": f"{up.old} -> {up.new}", "seed": _encoders.SEED}
     rows: list[dict[str, Any]] = [
         {
             **common,
@@ -180,14 +177,14 @@ def rows_of(up: Upgrade) -> list[dict[str, Any]]:
     ]
     n = up.n_queries
     for how, qrels in (
-        ("judgements", _encoders.texts(up.dataset).qrels[split]),
+        ("judgements", _encoders.texts(DATASET).qrels[JUDGED]),
         ("no labels", None),
     ):
-        asked = old[split][:n].ids.tolist() if n else old[split].ids.tolist()
+        asked = old[JUDGED][:n].ids.tolist() if n else old[JUDGED].ids.tolist()
         some = None if qrels is None else {q: qrels[q] for q in asked if q in qrels}
         found = nv.upgrade.judge(
-            old_docs=old["docs"], old_queries=old[split][:n], new_docs=new["docs"],
-            new_queries=new[split][:n], bridge=bridge, qrels=some,
+            old_docs=old["docs"], old_queries=old[JUDGED][:n], new_docs=new["docs"],
+            new_queries=new[JUDGED][:n], bridge=bridge, qrels=some,
         )  # fmt: skip
         size = found.sizes[0]
         rows.append(
