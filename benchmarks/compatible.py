@@ -59,8 +59,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 START, EXTRA = 128, 32  # size of the first model, and what each step adds
 SIZES = (32, 128, 160, 192, 224)  # those that fit are trained: a Matryoshka model at every step
 CAPACITY = 225  # corners of the simplex, of 224 dims: the size of the last model from the start
-VECTORS = 5.0  # of oca_vectors: OCA that also aims at the old vector of each image
-FROM_OLD = ("bct", "oca", "oca_vectors", "bt2", "hoc")
+# OCA as it is published, but for old vectors to aim at and logits that learn in few steps
+TUNED = {"vectors": 5.0, "scale": 16.0}
+FROM_OLD = ("bct", "oca", "oca_tuned", "bt2", "hoc")
 METHODS = ("independent", *FROM_OLD[:-1], "simplex", "hoc")
 NAMES = {"simplex": "d_simplex", "hoc": "d_simplex_hoc"}
 N_TEST, N_TRAIN = 4000, None
@@ -209,8 +210,8 @@ def build(
         if method == "bct":
             objective = BackwardCompatible(own, classes)
         else:
-            near = VECTORS if method == "oca_vectors" else 0.0
-            objective = OrthogonalCompatible(own, classes, vectors=near)
+            options = TUNED if method == "oca_tuned" else {}
+            objective = OrthogonalCompatible(own, classes, **options)
     return ImageNetwork(resnet.backbone, dim=out, head=head), objective, more
 
 

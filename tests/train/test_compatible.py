@@ -128,6 +128,7 @@ def test_oca_by_hand(old, smoothing):
     loss = OrthogonalCompatible(
         head,
         OldClasses(old[0], old[1], CLASSES),
+        scale=6,
         lambdas=(2, 3, 4),
         vectors=5,
         label_smoothing=smoothing,
@@ -136,7 +137,7 @@ def test_oca_by_hand(old, smoothing):
     found = loss(new, labels, old[0])
     z = unit(new.detach())
     turned = z @ loss.rotation.matrix().detach().numpy().T
-    own = logits_by_hand(head, turned)
+    own = 6 * logits_by_hand(head, turned)
     means, prefix = means_by_hand(old, OLD), unit(z[:, :OLD])
     near = np.mean([1 - p @ unit(means[y][None])[0] for p, y in zip(prefix, labels, strict=True)])
     vectors = np.mean(1 - (prefix * unit(old[0])).sum(axis=1))

@@ -167,6 +167,9 @@ class OrthogonalCompatible(nn.Module):
         Weight of ``1 - cos(prefix, the old vector of the same thing)``, which needs ``old``
         (n, old_dim). Not in the paper, which knows the old model by its classes alone: 0 leaves it
         out.
+    scale
+        Of the classifiers' logits. 1 as published, for long trainings: the rows have length 1, so
+        logits are small until the weights have grown. A larger one, like 16, learns sooner.
 
     References
     ----------
@@ -181,6 +184,7 @@ class OrthogonalCompatible(nn.Module):
         *,
         lambdas: Lambdas = (5.0, 10.0, 5.0),
         vectors: float | int = 0.0,
+        scale: float | int = 1.0,
         weights: str | Iterable[float | int] = "uniform",
         label_smoothing: float | int = 0.1,
     ) -> None:
@@ -188,16 +192,18 @@ class OrthogonalCompatible(nn.Module):
         _check_room(head.dims[-1], classes)
         self.head, self.classes = head, classes
         self.lambdas, self.vectors = _three(lambdas), float(vectors)
+        self.scale = float(scale)
         self.loss = _cross_entropy(weights, label_smoothing)
         self.rotation = BlockOrthogonal(head.dims)
 
     def extra_repr(self) -> str:
-        return f"lambdas={self.lambdas}, vectors={self.vectors:g}"
+        return f"lambdas={self.lambdas}, vectors={self.vectors:g}, scale={self.scale:g}"
 
     def forward(self, rows: Tensor, labels: Tensor, old: Tensor | None = None) -> Tensor:
         own, told, near = self.lambdas
         rows = F.normalize(rows, dim=-1)
-        loss = own * self.loss(self.head(self.rotation(rows)), labels)
+        logits = self.head(self.rotation(rows))
+        loss = own * self.loss({dim: self.scale * one for dim, one in logits.items()}, labels)
         loss = loss + told * self.classes.cross_entropy(rows, labels)
         loss = loss + near * self.classes.distance(rows, labels)
         if not self.vectors:
