@@ -31,7 +31,6 @@ from nestvec.upgrade import BRIDGES
 
 SETS = ("scifact", "npl", "cisi", "20newsgroups")
 NEW = ("finetuned", "cut3", "other", "lsa300")
-PAIRS = [("minilm", new) for new in NEW] + [(new, "minilm") for new in NEW]
 N_PAIRS = (250, 1000, 4000)
 METRICS = ("nDCG@10", "R@10")
 NESTED = (64, 128, 256)
@@ -192,6 +191,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
     parser.add_argument("--vectors-only", "--train-only", action="store_true", dest="fill")
     parser.add_argument("--try", action="store_true", dest="attempt", help="cisi, no GPU, seconds")
+    parser.add_argument("--encoders", default=",".join(NEW), help="beside minilm, both ways")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -210,8 +210,10 @@ def main() -> None:
         encoders=_encoders.WHAT,
     )
     rows = []
+    beside = arguments.encoders.split(",")
+    pairs = [("minilm", new) for new in beside] + [(old, "minilm") for old in beside]
     for name in SETS if arguments.only is None else (arguments.only,):
-        for old, new in PAIRS:
+        for old, new in pairs:
             rows += rows_of(old, new, name)
     if arguments.only is None:
         _frame.write("bridge", rows + qualifying() + speed(), meta)
