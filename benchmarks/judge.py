@@ -87,7 +87,7 @@ def permuted(part: str | None, which: str) -> Callable[..., tuple[Sides, Sides, 
 
 def another_models_queries(old: Sides, new: Sides, pairs: list) -> tuple[Sides, Sides, list]:
     """Queries come from a third model and say that they come from the new one."""
-    third = _encoders.vectors("other", DATASET)
+    third = _encoders.vectors("finetuned", DATASET)
     wrong = {n: new[n].replaced(third[n].array, new[n].space) for n in (JUDGED, TRUTH)}
     return old, {**new, **wrong}, pairs
 
@@ -117,7 +117,7 @@ UPGRADES = (
     Upgrade("other letters", "cut3", "minilm", accident=other_letters),
     Upgrade("permuted query ids", "cut3", "minilm", accident=permuted(None, "new")),
     Upgrade("permuted ids in the old gallery", "cut3", "minilm", accident=permuted("docs", "old")),
-    Upgrade("too few pairs: 30", "minilm", "other", n_pairs=30),
+    Upgrade("too few pairs: 30", "minilm", "cut3", n_pairs=30),
     Upgrade("from MiniLM to LSA", "minilm", "lsa300"),
     Upgrade("too few queries: 40, from MiniLM to 3 layers", "minilm", "cut3", n_queries=40),
 )
@@ -229,6 +229,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if there is one")
     parser.add_argument("--vectors-only", "--train-only", action="store_true", dest="fill")
     parser.add_argument("--try", action="store_true", dest="attempt", help="LSA alone: no GPU")
+    parser.add_argument(
+        "--encoders", default=",".join(_encoders.ENCODERS), help="whose upgrades are judged"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -248,7 +251,9 @@ def main() -> None:
         encoders=_encoders.WHAT,
         margin=MARGIN,
     )
-    rows = [row for up in UPGRADES for row in rows_of(up)]
+    known = {*arguments.encoders.split(",")}
+    judged = [up for up in UPGRADES if {up.old, up.new} <= known]
+    rows = [row for up in judged for row in rows_of(up)]
     _frame.write("judge", rows + counted(rows), meta)
 
 
