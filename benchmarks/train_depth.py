@@ -70,6 +70,7 @@ TRAINED = (
     # trained apart, with what ours has beside the pairs: is it the depth or the teacher?
     *(f"separate_kept-{layer}x{dim}" for layer, dim in SEPARATE),
 )
+ONCE: set[str] = set()  # methods that are trained with the first seed alone; set by --once
 TRY = False  # a run of seconds, to see that everything works; set by --try
 
 
@@ -219,7 +220,9 @@ def train_all(seeds: list[int]) -> None:
     pairs()
     for method in UNTRAINED:
         fine_tuned(method, 0)
-    jobs = [partial(fine_tuned, method, seed) for seed in seeds for method in TRAINED]
+    jobs = [
+        partial(fine_tuned, method, seed) for method in TRAINED for seed in seeds_of(method, seeds)
+    ]
     if TRY or torch.cuda.is_available():
         for job in jobs:
             job()
@@ -283,12 +286,16 @@ def estimated(dataset: str, method: str, seed: int) -> dict[tuple[int, int], tup
     }
 
 
+def seeds_of(method: str, seeds: list[int]) -> list[int]:
+    return [0] if method in UNTRAINED else seeds[:1] if method in ONCE else seeds
+
+
 def mean_of(dataset: str, cells: list[Cell], seeds: list[int]) -> tuple[float, np.ndarray]:
     """Mean over cells and seeds: its value and its draws."""
     found = [
         estimated(dataset, method, seed)[layer, dim]
         for method, layer, dim in cells
-        for seed in ([0] if method in UNTRAINED else seeds)
+        for seed in seeds_of(method, seeds)
     ]
     return float(np.mean([v for v, _ in found])), np.mean([d for _, d in found], axis=0)
 
@@ -346,7 +353,7 @@ def grid(seeds: list[int]) -> list[dict[str, Any]]:
                 if own and own != f"{layer}x{dim}":
                     continue  # a separate model was trained for one cell
                 found = mean_of(dataset, [(method, layer, dim)], seeds)
-                note = "" if method in UNTRAINED else over
+                note = over if seeds_of(method, seeds) == seeds else ""
                 rows.append(row(dataset, name, layer, dim, "Spearman", *found, note))
         for layer, dim, other, ours, others, note in differences():
             (a, a_draws), (b, b_draws) = (mean_of(dataset, side, seeds) for side in (ours, others))
@@ -438,6 +445,7 @@ def main() -> None:
     global TRY
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0", help="e.g. 0,1,2")
+    parser.add_argument("--once", default="", help="methods with the first seed alone, e.g. ese")
     parser.add_argument("--part", choices=("grid", "latency"), help="nothing is written")
     parser.add_argument("--train-only", action="store_true", help="train what is not kept yet")
     parser.add_argument("--candidates", action="store_true", help="compare settings on STS-B dev")
@@ -446,6 +454,7 @@ def main() -> None:
     chosen = parser.parse_args()
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     TRY = chosen.tried
+    ONCE.update(filter(None, chosen.once.split(",")))
     if chosen.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif chosen.device == "cuda" and not torch.cuda.is_available():
@@ -462,6 +471,7 @@ def main() -> None:
         model="all-MiniLM-L6-v2",
         precision=PRECISION,
         recipe={"rate": PAIR_RATE, "batch": PAIR_BATCH, "fixed": {OURS: CANDIDATES[OURS]}},
+        first_seed_alone=sorted(ONCE),
     )
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "grid": lambda: grid(seeds),
