@@ -95,7 +95,8 @@ def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
     if forward and same:
         found += [(f"nested@{dim}", 1000) for dim in (*NESTED, 384)]
     if name == "scifact" and forward:
-        found += [("drift+queries", 1000), ("relaxed+queries", 1000), ("upgrade.fit+queries", 1000)]
+        found += [("drift+queries", 1000)] if same else []
+        found += [("relaxed+queries", 1000), ("upgrade.fit+queries", 1000)]
     return found
 
 
