@@ -264,12 +264,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="e.g. 0,1,2")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings")
     parser.add_argument("--train-only", action="store_true", help="train and keep; no result file")
+    parser.add_argument("--rates", help="learning rates to choose from, e.g. 1e-4")
     parser.add_argument("--try", dest="tiny", action="store_true", help="few rows; nothing written")
     chosen = parser.parse_args()
     global DEVICE, RATES
     DEVICE = chosen.device
     if DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if chosen.rates:
+        RATES = tuple(float(rate) for rate in chosen.rates.split(","))
     if chosen.tiny:
         RATES = RATES[:1]
         RECIPE.update(epochs=1, rows=128)
