@@ -18,7 +18,8 @@ from nestvec.errors import (
 )
 from nestvec.search import transition
 from nestvec.search.index import Index
-from nestvec.upgrade import Upgrade, finish
+from nestvec.search.store import Store
+from nestvec.upgrade import Upgrade
 
 # a thread that fails is a test that fails
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -479,7 +480,7 @@ def test_a_finish_that_broke_off_is_completed_by_the_next(index, upgrade, monkey
 
     with monkeypatch.context() as patched:
         if broken == "create":
-            patched.setattr(finish.Store, "create", dies)
+            patched.setattr(Store, "create", dies)
         elif broken == "search":
             patched.setattr(Index, "_seen", dies)
         else:
