@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,10 +22,23 @@ from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.derived import Derived
 from nestvec.search.generation import Generation
+from nestvec.search.given import (
+    batches_given,
+    check_space,
+    is_whole,
+    judged,
+    known_structures,
+    names_of,
+    only_stamped,
+    opening,
+    plan_given,
+    returning,
+)
+from nestvec.search.hits import Hits, with_payload
 from nestvec.search.planner import Planned
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Store, Written, durable
-from nestvec.search.store.incoming import batches_of, gathered
+from nestvec.search.store.incoming import gathered
 from nestvec.search.store.layout import Ids
 from nestvec.search.store.snapshot import as_matrix as as_vectors
 from nestvec.search.store.store import Moved
@@ -46,76 +56,6 @@ _PLAN = "plan.json"
 _MANY = 10_000  # fresh rows that are still few beside fewer derived ones
 
 Batches = Batch | Embeddings | Iterable[Batch | Embeddings]
-
-
-@dataclass(frozen=True, eq=False)
-class Hits:
-    """What a search found.
-
-    Attributes
-    ----------
-    ids : (n_queries, k)
-        Best first, equal scores by the row that was stored first. Scores are right to the rounding
-        of float32: which of two rows that are closer than that (some 1e-7) comes first may depend
-        on the size of the batch, and on whether one was written since. Where fewer than k rows
-        could be found the rest is -1, or an empty text, with a NaN score.
-    scores : (n_queries, k) float32
-        Cosine at the last stage's size; if that stage is of codes (``:int8``), with what they
-        stand for, which is off by some thousandths. Rows written since are always scored by their
-        full vectors.
-    plan
-        What was run.
-    version
-        The version of the index that was searched.
-    payload : list of pyarrow.Table, or None
-        For each query the columns asked for, in the order of the ids.
-    """
-
-    ids: NDArray[Any]
-    scores: NDArray[np.float32]
-    plan: Plan
-    version: int
-    payload: list[Any] | None
-    _found: engine.Found
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self) -> str:
-        n, k = self.ids.shape
-        return f"Hits({n} x {k}, {self.plan}, version {self.version})"
-
-    def __iter__(self) -> Iterator[list[tuple[Any, float]]]:
-        """Yield for each query its (id, score) pairs."""
-        for ids, scores in zip(self.ids, self.scores, strict=True):
-            real = ~np.isnan(scores)
-            yield list(zip(ids[real].tolist(), scores[real].tolist(), strict=True))
-
-    def explain(self, query: int = 0) -> dict[str, Any]:
-        """Say what each stage did, and for one query where each answer stood after it.
-
-        ``stages``: the stage, rows scored a query, milliseconds of the whole batch. ``answers``:
-        id, score, and its place (1 is first) after each stage; a row written since structures were
-        built has the place ``"fresh"``: it is scored exactly, beside them. During an upgrade a row
-        has places on its side only, that of old vectors or of new ones.
-        """
-        stages = [dict(stage) for stage in self._found.stages]
-        one_side = not stages or not stages[-1]["stage"].startswith("new ")
-        answers = []
-        for row, id_, score in zip(
-            self._found.rows[query], self.ids[query], self.scores[query], strict=True
-        ):
-            if row < 0:
-                continue
-            place: dict[str, int | str] = {}
-            for stage, short in zip(stages, self._found.shortlists, strict=True):
-                at = np.flatnonzero(short[query] == row)
-                if len(at):
-                    place[stage["stage"]] = int(at[0]) + 1
-                elif one_side:
-                    place[stage["stage"]] = "fresh"
-            answers.append({"id": id_.item(), "score": float(score), "place": place})
-        return {"plan": str(self.plan), "stages": stages, "answers": answers}
 
 
 class Index:
@@ -181,9 +121,9 @@ class Index:
         DataError
             If rows do not fit.
         """
-        space, batch, schema = _opening(rows, payload)
+        space, batch, schema = opening(rows, payload)
         if id_type is None:
-            id_type = "int" if batch is None or _is_whole(batch.ids) else "str"
+            id_type = "int" if batch is None or is_whole(batch.ids) else "str"
         store = Store.create(
             path,
             space,
@@ -271,13 +211,13 @@ class Index:
         or an iterable of `Embeddings` and batches, which is read to its end before anything is
         locked. Raises `DataError` if an id exists; nothing is written then.
         """
-        return self._put("append", _batches(rows, ids, payload))
+        return self._put("append", batches_given(rows, ids, payload))
 
     def upsert(
         self, rows: Batches | ArrayLike, *, ids: ArrayLike | None = None, payload: Any = None
     ) -> Written:
         """Add rows, or replace those whose ids exist, all in one version; they are as for `add`."""
-        return self._put("upsert", _batches(rows, ids, payload))
+        return self._put("upsert", batches_given(rows, ids, payload))
 
     def delete(self, ids: Ids, *, missing_ok: bool = False) -> Written:
         """Remove rows by their ids, or one by its id, all in one version.
@@ -298,7 +238,7 @@ class Index:
         def read() -> Any:
             self._refreshed()
             snapshot = self._store.snapshot
-            return snapshot.read(snapshot.rows_of(ids), _names(columns))
+            return snapshot.read(snapshot.rows_of(ids), names_of(columns))
 
         return self._steadily(read)
 
@@ -387,7 +327,7 @@ class Index:
                     found = self._run(chosen, asked, view, filter, threads)
             ids = view.ids(found.rows)
             hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
-            return hits if columns is None else _with_payload(hits, view, _names(columns))
+            return hits if columns is None else with_payload(hits, view, names_of(columns))
 
         return self._steadily(ask)
 
@@ -485,7 +425,7 @@ class Index:
         view = self._seen()
         labels = None
         if qrels is not None:
-            queries, labels = _judged(queries, qrels)
+            queries, labels = judged(queries, qrels)
         asked = None if queries is None else self._queries(queries, view)
         if view.n_fresh > view.everyone.n_derived:  # it would be planned for the fewer
             self._renewed(view)
@@ -507,7 +447,7 @@ class Index:
                     ndcg_loss=None if ndcg_loss is None else float(ndcg_loss),
                     ms=None if ms is None else float(ms),
                     resident_bytes=None if resident_bytes is None else float(resident_bytes),
-                    structures=_known(structures, engine.KNOWN),
+                    structures=known_structures(structures, engine.KNOWN),
                     confidence=float(confidence),
                     seed=seed,
                     gallery_like=asked is None,
@@ -530,7 +470,7 @@ class Index:
             with durable.storage_errors(self.path):
                 (self._store.path / _PLAN).unlink(missing_ok=True)
             return
-        chosen = _as_plan(plan)
+        chosen = plan_given(plan)
         engine.check(chosen, self._seen().generation)
         if isinstance(plan, Planned):
             about = {**planner.as_json(plan), **about}
@@ -547,7 +487,7 @@ class Index:
         ``"graph"`` and ``"lists"`` are ours; ``"faiss_hnsw"``, ``"faiss_hnsw_sq8"``,
         ``"faiss_hnsw_panorama"``, ``"faiss_ivf"`` and ``"faiss_ivf_rabitq"`` are faiss's.
         """
-        for name in _known(names, engine.KNOWN):
+        for name in known_structures(names, engine.KNOWN):
             self._healed(lambda view, name=name: view.generation.make(name))
 
     # --- keeping house --------------------------------------------------------------------------
@@ -630,7 +570,7 @@ class Index:
     def _put(self, how: str, rows: Any) -> Written:
         self._follow()
         if self._left is not None:
-            rows = _only_stamped(rows, self.path, self._left)
+            rows = only_stamped(rows, self.path, self._left)
         upgrading = self._upgrading()
         return self._write(how, rows) if upgrading is None else upgrading.put(how, rows)
 
@@ -663,7 +603,7 @@ class Index:
     ) -> NDArray[np.float32]:
         space = view.space
         if isinstance(queries, Embeddings):
-            _check_space(space, queries.space, self.path)
+            check_space(space, queries.space, self.path)
             queries = queries.array
         elif self._left is not None:
             raise SpaceMismatchError(
@@ -703,11 +643,11 @@ class Index:
             return self._proven(float(recall), k)
         if dims is not None:
             return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
-        chosen = _as_plan(plan) if plan is not None else self.plan_stored
+        chosen = plan_given(plan) if plan is not None else self.plan_stored
         if chosen is None:
             size = self._store.layout.space.size
             chosen = Plan(Cascade([Stage(size, 10 if k is None else k)]))
-        return chosen if k is None else _returning(chosen, k)
+        return chosen if k is None else returning(chosen, k)
 
     def _proven(self, recall: float, k: int | None) -> Plan:
         """Return the cheapest stored plan that was certified for a recall."""
@@ -856,133 +796,3 @@ class Index:
             if self._view is not None and self._view.generation is generation:
                 self._view = self._weighed = None
                 self._derived.discard(generation)
-
-
-def _opening(rows: Any, payload: Any) -> tuple[Space, Batch | None, Any]:
-    """Return the Space, the first rows if any, and the schema of the payload."""
-    if isinstance(rows, Space):
-        return rows, None, _schema(payload)
-    batch = rows if isinstance(rows, Batch) else Batch(rows)
-    vectors = batch.vectors
-    if not isinstance(vectors, Embeddings):
-        raise DataError(
-            "an index begins with Embeddings or a Space, so that vectors of another model are "
-            "refused later: nestvec.Embeddings(array, space), or nestvec.encode(texts, model=...)."
-        )
-    ids = batch.ids if batch.ids is not None else vectors.ids
-    if ids is None:
-        ids = np.arange(len(vectors.array))
-    table = batch.payload if payload is None else payload
-    schema = _schema(table)
-    columns = table if schema is not table else batch.payload
-    bare = Embeddings(vectors.array, vectors.space)
-    return vectors.space, Batch(bare, ids, columns), schema
-
-
-def _schema(payload: Any) -> Any:
-    if isinstance(payload, Mapping):
-        try:
-            payload = pa.table(dict(payload))
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            raise DataError(
-                f"payload: {durable.reason(error)}. Give one value a row in each column, all of "
-                f"one type."
-            ) from error
-    return payload.schema if hasattr(payload, "schema") else payload
-
-
-def _names(columns: str | Iterable[str]) -> list[str]:
-    return [columns] if isinstance(columns, str) else list(columns)
-
-
-def _only_stamped(rows: Any, path: Path, left: Space) -> Iterator[Batch | Embeddings]:
-    """Yield rows, and refuse vectors that do not say of which Space they are."""
-    for batch in batches_of(rows):
-        if not isinstance(getattr(batch, "vectors", batch), Embeddings):
-            raise SpaceMismatchError(
-                f"{path} was upgraded while it was open here, and these vectors carry no stamp, so "
-                f"they may be of {left.label}. Give Embeddings, or open the index again."
-            )
-        yield batch
-
-
-def _check_space(space: Space, given: Space, path: Path) -> None:
-    try:
-        space.check_same(given)
-    except SpaceMismatchError as error:
-        if space.fingerprint == given.fingerprint:
-            raise
-        raise SpaceMismatchError(
-            f"{error} Or let the new model's queries search this index, as it is, through a "
-            f"bridge: nestvec upgrade start {path}."
-        ) from None
-
-
-def _is_whole(ids: Any) -> bool:
-    return np.asarray(ids).dtype.kind in "iu"
-
-
-def _batches(rows: Any, ids: Any, payload: Any) -> Any:
-    if ids is None and payload is None and not isinstance(rows, np.ndarray):
-        return rows
-    if isinstance(rows, Batch):
-        return replace(
-            rows,
-            ids=rows.ids if ids is None else ids,
-            payload=rows.payload if payload is None else payload,
-        )
-    return Batch(rows, ids, payload)
-
-
-def _judged(queries: Any, qrels: Mapping[str, Mapping[str, int]]) -> tuple[Embeddings, list[Any]]:
-    """Return the queries that have a relevant document, and the grades of each."""
-    if not isinstance(queries, Embeddings) or queries.ids is None:
-        raise DataError("qrels name queries by their ids: give the queries as Embeddings with ids.")
-    labels = [qrels.get(str(one), {}) for one in queries.ids.tolist()]
-    rows = [row for row, grades in enumerate(labels) if any(g > 0 for g in grades.values())]
-    if not rows:
-        raise DataError(
-            f"qrels name no relevant document for any of the {len(queries):,} queries. Their ids "
-            f"begin with {str(queries.ids[0])!r}, those of the qrels with "
-            f"{next(iter(qrels), None)!r}."
-        )
-    return queries[np.array(rows)], [labels[row] for row in rows]
-
-
-def _as_plan(plan: Plan | Cascade | Planned | str) -> Plan:
-    if isinstance(plan, str):
-        return _parsed(plan)
-    if isinstance(plan, Planned):
-        if plan.plan is None:
-            raise PlanError(f"nothing was planned: {plan.sentence}")
-        return plan.plan
-    return plan if isinstance(plan, Plan) else Plan(plan)
-
-
-_parsed = functools.lru_cache(64)(Plan.parse)
-
-
-def _known(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    names = list(names)
-    for name in names:
-        if name not in known:
-            raise PlanError(f"there is no structure {name!r}; there are {', '.join(known)}.")
-    return names
-
-
-@functools.lru_cache(64, typed=True)
-def _returning(plan: Plan, k: int) -> Plan:
-    """Return the plan with ``k`` rows at its end; a shortlist is never shorter than that."""
-    *before, last = plan.cascade.stages
-    stages = [Stage(s.dim, max(s.keep, k), s.precision) for s in before]
-    return Plan(Cascade([*stages, Stage(last.dim, k, last.precision)]), plan.structure, plan.knobs)
-
-
-def _with_payload(hits: Hits, view: View, columns: list[str]) -> Hits:
-    rows = hits._found.rows
-    flat = view.row_ids(rows[rows >= 0])
-    unique, back = np.unique(flat, return_inverse=True)
-    table = view.snapshot.read(unique, columns).take(back)
-    ends = np.cumsum((rows >= 0).sum(axis=1))
-    tables = [table.slice(end - n, n) for end, n in zip(ends, (rows >= 0).sum(axis=1), strict=True)]
-    return replace(hits, payload=tables)
