@@ -17,7 +17,8 @@ from nestvec.search.run import (
 )
 
 if TYPE_CHECKING:
-    from nestvec.search.index import Hits, Index
+    from nestvec.search.hits import Hits
+    from nestvec.search.index import Index
     from nestvec.search.planner import Planned
     from nestvec.search.store import Batch
 
