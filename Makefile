@@ -19,10 +19,10 @@ demo: .venv/.ready ## The whole story on this machine's own text, ends in a repo
 	@$(bin)/nestvec demo $(ARGS)
 
 test: .venv/.ready ## Tests and doctests, minutes (ARGS="-k search" to choose)
-	@$(bin)/python -m pytest -q -m "not slow and not gpu and not download" $(ARGS)
+	@$(bin)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu and not download" $(ARGS)
 
 test-slow: .venv/.ready ## The tests that take longer, too
-	@$(bin)/python -m pytest -q -m "not gpu and not download" $(ARGS)
+	@$(bin)/python -m pytest -q -n auto --dist loadfile -m "not gpu and not download" $(ARGS)
 
 check: lint types test docs ## All that has to be green before a commit is shared
 

@@ -1,12 +1,18 @@
 """Shared fixtures: one seed, one place for the data."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network in tests
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that: those
+# that tests interrupt would never hear of it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

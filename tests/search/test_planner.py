@@ -1,5 +1,6 @@
 """The planner finds the cheapest plan that holds, proves it on other queries, or says why not."""
 
+import operator
 import re
 import time
 
@@ -28,6 +29,33 @@ def rows(n, seed):
     turn = np.random.default_rng(99).normal(size=(10, DIM))
     found = rng.normal(size=(n, 10)) @ turn + 0.5 * rng.normal(size=(n, DIM))
     return normalise((found * np.arange(1, DIM + 1) ** -0.4).astype(np.float32))
+
+
+TIMED = trials.Trials._timed
+
+
+def worked(self, plans, n, n_turns):
+    """Bytes that a query is multiplied with, in millions, in place of milliseconds."""
+    work = []
+    for plan in plans:
+        found = engine.run(plan, self._queries[:1], self.view, self.view.everyone, threads=1)
+        sizes = [s.dim * (1 if s.precision == "int8" else 4) for s in plan.cascade.stages]
+        counts = [said["rows_scored"] for said in found.stages]
+        work.append(sum(map(operator.mul, sizes, counts)) / 1e6)
+    return work
+
+
+@pytest.fixture(scope="module", autouse=True)
+def work_for_time():
+    """Which plan is the cheapest is not for the clock to say, which differs from run to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials.Trials, "_timed", worked)
+        yield
+
+
+@pytest.fixture
+def by_the_clock(monkeypatch):
+    monkeypatch.setattr(trials.Trials, "_timed", TIMED)
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +353,7 @@ def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
 def test_indexes_of_faiss_are_planned_for_where_they_are_named(index, fresh, name):
     found = index.plan(rows(600, 1), recall=0.9, structures=[name], keep=False)
     assert found.plan is not None
-    # So few rows are scored in no time at all: exact search may be the cheapest that holds.
-    assert found.plan.structure in (name, "exact")
+    assert found.plan.structure == name
     assert {one.plan.structure for one in found.frontier} == {name, "exact"}
     assert recall(index, fresh, found.plan) >= 0.9
     assert all(one.resident_bytes > 0 for one in found.frontier)
@@ -430,6 +457,7 @@ def test_planning_lets_go_of_what_it_tried(index, fresh, monkeypatch):
     view.release()
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_a_plan_is_timed_whole_and_one_query_a_call(index, fresh, monkeypatch):
     """By a clock that counts calls: each takes as long as its plan keeps rows."""
     pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
@@ -449,15 +477,17 @@ def test_a_plan_is_timed_whole_and_one_query_a_call(index, fresh, monkeypatch):
     assert sizes == {1}
 
 
+@pytest.mark.usefixtures("by_the_clock")
 def test_the_time_of_a_plan_is_that_of_searches_one_by_one(index, planned, fresh):
-    chosen = next(one for one in planned.frontier if one.plan == planned.plan)
     view = index._seen()
+    pool = trials.draw(view, fresh, k=10, n=300, seed=0)
+    (ms,) = pool.times([planned.plan])
     took = []
     for row in [0] * 20 + [*range(200)]:
         started = time.perf_counter()
         engine.run(planned.plan, fresh[row : row + 1], view, view.everyone)
         took.append(1000 * (time.perf_counter() - started))
-    assert chosen.ms == pytest.approx(np.median(took[20:]), rel=0.8)
+    assert ms == pytest.approx(np.median(took[20:]), rel=0.8)
 
 
 def test_the_plan_is_stored_and_followed(tmp_path):
