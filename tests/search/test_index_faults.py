@@ -673,9 +673,9 @@ def test_a_plan_for_too_few_rows_says_so(tmp_path):
 @pytest.mark.parametrize("structure", ["graph(ef=40)", "lists(probes=30)"])
 def test_a_filter_costs_no_recall(tmp_path, structure):
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(20_020, DIM)) * np.arange(1, DIM + 1) ** -0.5
+    rows = rng.normal(size=(20_200, DIM)) * np.arange(1, DIM + 1) ** -0.5
     rows = normalise(rows.astype(np.float32))
-    queries, rows = rows[:20], rows[20:]
+    queries, rows = rows[:200], rows[200:]
     chance = pa.table({"chance": rng.random(20_000)})
     batch = Batch(nv.Embeddings(rows, SPACE), np.arange(20_000), chance)
     index = Index.create(tmp_path / "x.nest", batch, durability="process")

@@ -162,6 +162,25 @@ def test_each_row_is_in_the_list_of_its_nearest_centroid(vectors, tmp_path):
         )
 
 
+def test_of_many_lists_nearly_every_row_is_in_that_of_its_nearest_centroid(vectors, tmp_path):
+    """Not all centroids are compared at full size, but those that a prefix finds."""
+    _, _, arrays = listed(vectors, tmp_path, 200, 32)
+    lists = np.empty(len(vectors), int)
+    lists[arrays["numbers"]] = np.repeat(np.arange(200), np.diff(arrays["starts"]))
+    nearest = (vectors @ arrays["centroids"].T).argmax(axis=1)
+    assert (lists == nearest).mean() > 0.98
+
+
+def test_a_centroid_is_the_mean_of_its_rows_and_one_without_rows_is_a_row(vectors):
+    lists = np.array([0, 2, 0, 2, 2])
+    means = li._means(vectors[:5], lists, 4, seed=0)
+    for number in (0, 2):
+        mean = vectors[:5][lists == number].mean(axis=0)
+        np.testing.assert_allclose(means[number], mean / np.linalg.norm(mean), atol=1e-6)
+    for number in (1, 3):
+        assert np.isclose(vectors[:5] @ means[number], 1).any()
+
+
 def test_more_probes_find_more(vectors, queries, tmp_path):
     lists, codes, _ = listed(vectors, tmp_path, 64, 48)
     wanted, _ = top_k(queries, vectors, 10)
@@ -178,8 +197,10 @@ def test_an_interrupted_build_of_lists_goes_on_where_it_was(vectors, tmp_path, m
     whole = li.build(between(vectors), len(vectors), tmp_path / "whole", n_lists=16)
     asked = []
 
+    sampled = li._SAMPLE_PER_LIST * 16 // li._STRETCH
+
     def counted(start, end):
-        if len(asked) == 48 * 16 // 64 + 3:  # the sample, then three stretches of rows
+        if len(asked) == sampled + 3:  # the sample, then three stretches of rows
             raise KeyboardInterrupt
         asked.append((start, end))
         return np.ascontiguousarray(vectors[start:end])

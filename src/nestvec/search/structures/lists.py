@@ -2,7 +2,9 @@
 
 The cheapest structure to build and to hold: a short prefix of each row stays in memory, about
 ``dim + 4`` bytes, and full vectors are read from disk for the shortlist alone. Centroids at full
-size pick better lists than centroids of prefixes do.
+size pick better lists than centroids of prefixes do, and are found by way of prefixes: k-means runs
+on the principal dims that hold most of the energy, and a row's list is the best at full size of
+those that are best on such dims.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from numpy.typing import NDArray
 from nestvec._atomic import written_beside
 from nestvec._extras import require
 from nestvec.search import kernels
-from nestvec.search.structures.codes import Codes, encode, padded, scale_of
+from nestvec.search.structures.codes import Codes, encode, padded, scale_of, unit_prefixes
 
-_SAMPLE_PER_LIST = 48  # rows that k-means sees for each centroid
+_SAMPLE_PER_LIST = 40  # rows that k-means sees for each centroid
 _ROWS_AT_ONCE = 65_536
 _STRETCH = 64  # neighbouring rows that are drawn together
+_ENERGY = 0.75  # of the rows, on which k-means runs
+_ENERGY_OF_MEANS = 0.85  # by which the lists of a row are chosen that are compared at full size
+_COMPARED = 16
 
 
 def usual_n_lists(n: int) -> int:
@@ -56,15 +61,13 @@ def build(
     if means is None:
         means = _centroids(rows_between, n, wanted, seed)
         _keep(part, f"centroids-{wanted}-{seed}", means)
-    faiss = require("faiss", extra="index", why="building inverted lists")
-    index = faiss.IndexFlatIP(means.shape[1])
-    index.add(means)
+    nearest = _nearest(means)
     lists = np.empty(n, np.int32)
     for start in range(0, n, _ROWS_AT_ONCE):
         end = min(start + _ROWS_AT_ONCE, n)
         found = _kept(part, f"lists-{wanted}-{seed}-{start}")
         if found is None or len(found) != end - start:
-            found = index.search(rows_between(start, end), 1)[1][:, 0].astype(np.int32)
+            found = nearest(rows_between(start, end))
             _keep(part, f"lists-{wanted}-{seed}-{start}", found)
         lists[start:end] = found
         if progress is not None:
@@ -86,17 +89,57 @@ def _centroids(
     sample = np.concatenate(
         [rows_between(s, min(s + _STRETCH, n)) for s in np.sort(chosen).tolist()]
     )
-    means = faiss.Kmeans(
-        sample.shape[1],
-        min(n_lists, len(sample)),
-        niter=10,
-        spherical=True,
+    n_lists = min(n_lists, len(sample))
+    short = np.ascontiguousarray(sample @ _axes(sample, _ENERGY).T)
+    roughly = faiss.Kmeans(
+        short.shape[1],
+        n_lists,
+        niter=8,
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=2 * _SAMPLE_PER_LIST,
     )
-    means.train(sample)
-    return np.ascontiguousarray(means.centroids, np.float32)
+    roughly.train(short)
+    means = _means(sample, roughly.assign(short)[1], n_lists, seed)
+    return _means(sample, _nearest(means)(sample), n_lists, seed)
+
+
+def _axes(rows: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Return the principal directions that hold a share of the energy of rows, (dims, dim)."""
+    energy, axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))
+    held = np.cumsum(energy[::-1])
+    dims = int(np.searchsorted(held, share * held[-1])) + 1
+    return np.ascontiguousarray(axes[:, ::-1].T[:dims], np.float32)
+
+
+def _nearest(
+    means: NDArray[np.float32],
+) -> Callable[[NDArray[np.float32]], NDArray[np.int32]]:
+    """Return what finds the centroid (k, dim) with the largest product with each row (m, dim)."""
+    faiss = require("faiss", extra="index", why="building inverted lists")
+    dim = means.shape[1]
+    axes = _axes(means, _ENERGY_OF_MEANS)
+    turn = faiss.LinearTransform(dim, len(axes), False)
+    faiss.copy_array_to_vector(axes.ravel(), turn.A)
+    turn.is_trained = True
+    short = faiss.IndexPreTransform(turn, faiss.IndexFlatIP(len(axes)))
+    index = faiss.IndexRefineFlat(short)
+    index.add(means)
+    index.k_factor = min(_COMPARED, len(means))
+    return lambda rows: index.search(rows, 1)[1][:, 0].astype(np.int32)
+
+
+def _means(
+    rows: NDArray[np.float32], lists: NDArray[Any], n_lists: int, seed: int
+) -> NDArray[np.float32]:
+    """Return the L2-normalised mean of each list; of one without rows, some row."""
+    counts = np.bincount(lists, minlength=n_lists)
+    order = np.argsort(lists, kind="stable")
+    some = counts > 0
+    starts = (np.cumsum(counts) - counts)[some]
+    sums = rows[np.random.default_rng(seed).choice(len(rows), n_lists, replace=False)]
+    sums[some] = np.add.reduceat(rows[order], starts)
+    return unit_prefixes(sums)
 
 
 def _kept(part: Path | None, name: str) -> NDArray[Any] | None:
