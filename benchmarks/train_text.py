@@ -433,6 +433,7 @@ def fine_tuned(method: str, seed: int, **more: Any) -> _training.Arrays:
                 keep=options.get("keep", 0),
                 settings=settings,
             )
+            encoder = TextEncoder(folder).model  # an earlier go may have trained it
         else:
             theirs(encoder, first, second, folder, settings, cached=method.endswith("cached"))
         return {**vectors_of(encoder), "seconds": np.float64(time.perf_counter() - started)}
