@@ -106,14 +106,17 @@ def write(
     meta: Mapping[str, Any],
     *,
     renewed: Iterable[str] | None = None,
+    methods: Iterable[str] | None = None,
 ) -> Path:
     """Write ``results/<name>.json``; unknown keys, NaN and Inf are refused.
 
     With ``renewed``, data sets, the rows of other data sets stay as an earlier run wrote them, and
-    ``meta["of"]`` says of each data set when, on what and from which commit its rows came.
+    with ``methods`` those of other methods too; ``meta["of"]`` says of each when, on what and from
+    which commit its rows came.
     """
     if renewed is not None:
-        rows, meta = _beside_what_stands(name, rows, meta, list(renewed))
+        some = None if methods is None else [*methods]
+        rows, meta = _beside_what_stands(name, rows, meta, [*renewed], some)
     for at, row in enumerate(rows):
         if unknown := set(row) - KEYS:
             raise ValueError(f"row {at} has keys no result file knows: {sorted(unknown)}")
@@ -130,15 +133,31 @@ def write(
 
 
 def _beside_what_stands(
-    name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any], renewed: list[str]
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    meta: Mapping[str, Any],
+    renewed: list[str],
+    methods: list[str] | None,
 ) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     stands = read(name) if (RESULTS / f"{name}.json").is_file() else {"meta": {}, "rows": []}
-    stay = [row for row in stands["rows"] if row["dataset"] not in renewed]
+    stay = [
+        row
+        for row in stands["rows"]
+        if row["dataset"] not in renewed or (methods is not None and row["method"] not in methods)
+    ]
     about = ("command", "commit", "date", "machine", "threads", "load_before", "versions")
     before = {key: stands["meta"][key] for key in about if key in stands["meta"]}
     of = {one: before for one in dict.fromkeys(row["dataset"] for row in stay)}
-    of |= {one: said for one, said in stands["meta"].get("of", {}).items() if one in of}
-    of |= {one: {key: meta[key] for key in about} for one in renewed}
+    known = {
+        row["dataset"] for row in stay
+    }  # "docs", and "docs: lancedb, pgvector" of some methods
+    of |= {
+        one: said
+        for one, said in stands["meta"].get("of", {}).items()
+        if one.partition(":")[0] in known
+    }
+    some = "" if methods is None else f": {', '.join(methods)}"
+    of |= {f"{one}{some}": {key: meta[key] for key in about} for one in renewed}
     both = {key: {**stands["meta"].get(key, {}), **meta.get(key, {})} for key in ("data", "energy")}
     kept = {key: value for key, value in both.items() if value}
     return [*stay, *rows], {**meta, **kept, "of": of}

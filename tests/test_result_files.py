@@ -63,6 +63,18 @@ def test_data_sets_that_are_not_renewed_keep_their_rows_and_where_they_came_from
     assert [row["dataset"] for row in _frame.read("fit")["rows"]] == ["cisi", "npl"]
 
 
+def test_methods_that_are_not_renewed_keep_their_rows(results):
+    about = {"command": "", "date": "", "machine": "", "threads": 1, "load_before": 0.1}
+    first, again = ({**about, "versions": {}, "commit": word} for word in ("first", "again"))
+    two = [{**ROWS[0], "method": method, "value": 1.0} for method in ("a", "b")]
+    _frame.write("fit", two, first, renewed=["npl"])
+    _frame.write("fit", [{**two[1], "value": 2.0}], again, renewed=["npl"], methods=["b", "c"])
+    found = _frame.read("fit")
+    assert [(row["method"], row["value"]) for row in found["rows"]] == [("a", 1.0), ("b", 2.0)]
+    said = {name: one["commit"] for name, one in found["meta"]["of"].items()}
+    assert said == {"npl": "first", "npl: b, c": "again"}
+
+
 @pytest.mark.parametrize("row", [{"recal": 1.0}, {"recall": float("nan")}], ids=["key", "nan"])
 def test_row_that_does_not_fit_is_refused(results, row):
     with pytest.raises(ValueError, match="recal"):
