@@ -190,6 +190,22 @@ def test_widths_are_finer_near_the_target(index, fresh):
     assert all(min(abs(np.log(width / np.array(near)))) < 0.2 for width in widths)
 
 
+def test_neighbouring_widths_near_the_target_are_a_tenth_apart(index, fresh):
+    """So the plan that is certified is hardly dearer than one that just holds."""
+    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    coarse = planner._near_frontier(planner._measure(pool, ["graph"], None, False)[0])
+    known = [*coarse, *planner._finer(pool, coarse, 0.97)]
+    widths = np.unique(
+        [
+            planner._kind(one)[2]
+            for one in known
+            if planner._kind(one)[:2] == ("graph", DIM) and 0.97 <= one.recall <= 0.99
+        ]
+    )
+    assert len(widths) > 3
+    assert (widths[1:] <= 1.1 * widths[:-1] + 1).all()
+
+
 # --- recall of one search -------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from nestvec.search.trials import Trials
 from nestvec.search.view import View
 
 _GROWTH = 1.3  # between neighbouring widths of a structure: the step a plan can be too dear by
-_FINER = 1.14  # and near the target
+_FINER = 1 / 1.14, 1 / 1.07, 1.07, 1.14  # times those near the target, too
 _KEEPS = (
     1,
     1.2,
@@ -202,7 +202,7 @@ def find(
         )
     measured, skipped = _measure(choosing, list(structures), resident_bytes, show_progress)
     if recall is not None:
-        measured += _finer(choosing, _frontier(measured), recall)
+        measured += _finer(choosing, _near_frontier(measured), recall)
     frontier = _frontier(_timed(choosing, _near_frontier(measured)))
     if choosing.labels is not None:
         some = [one.plan for one in frontier]
@@ -527,15 +527,19 @@ def _peer_plans(name: str, knobs: dict[str, int], trials: Trials) -> list[Plan]:
     return [Plan(cascade, name, knobs) for cascade in cascades]
 
 
-def _finer(trials: Trials, frontier: Sequence[Measured], recall: float) -> list[Measured]:
-    """Measure between the widths of those plans that may be the cheapest to hold a recall."""
-    below = [one for one in frontier if one.recall < recall][-1:]
-    above = [one for one in frontier if recall <= one.recall <= 1 - (1 - recall) / 5]
+def _finer(trials: Trials, near: Sequence[Measured], recall: float) -> list[Measured]:
+    """Measure between the widths of those plans that may be the cheapest to hold a recall.
+
+    A certificate takes a plan somewhat above the recall, and the next that was tried may be dear.
+    """
+    most = 1 - (1 - recall) / 5
+    below = sorted((one for one in near if one.recall < recall), key=_found)[-1:]
+    above = [one for one in near if recall <= one.recall <= most]
     found: list[Measured] = []
-    seen = {_kind(one) for one in frontier}
+    seen = {_kind(one) for one in near}
     for one in [*below, *above]:
         name, dim, width = _kind(one)
-        for finer in (round(width / _FINER), round(width * _FINER)):
+        for finer in (round(width * factor) for factor in _FINER):
             kind = name, dim, finer
             least = trials.k if name == "graph" else 1
             if one.plan.knobs and kind not in seen and least <= finer <= _widest(trials, name):
