@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +36,20 @@ def one_blas_thread():
     """For small fits: more threads than one only wait for each other."""
     with pytest.importorskip("threadpoolctl").threadpool_limits(1):
         yield
+
+
+@pytest.fixture
+def mounted():
+    """Mount something at a folder, like a disk that is soon full; undone after the test."""
+    folders = []
+
+    def mount(folder, *words):
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", *words, folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+        folders.append(folder)
+
+    yield mount
+    for folder in reversed(folders):
+        subprocess.run(["umount", "-l", folder], check=True)

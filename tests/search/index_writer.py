@@ -1,22 +1,16 @@
-"""A process that writes to an index, searches it, or derives from it, to be killed or starved.
-
-Run as ``index_writer.py MODE PATH ...``; it imports once and forks, so that killing it is cheap.
-"""
+"""A process that writes to an index, searches it, or derives from it, to be killed or starved."""
 
 import json
-import os
 import resource
 import select
 import shutil
-import signal
 import sys
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from store_writer import apply, forked, say
+from killing import kill_for_each_line, main, say
+from store_writer import apply
 
 import nestvec as nv
 from nestvec._checks import normalise
@@ -104,23 +98,6 @@ def write_for_ever(path, seed, log):
         model = apply(model, step)
 
 
-def kills(path):
-    """For every line ``seed ms`` fork a writer and kill it after as many milliseconds."""
-    for line in sys.stdin:
-        seed, ms = line.split()
-        log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        pid = forked(lambda seed=int(seed), log=log: write_for_ever(path, seed, log))
-        while not os.fstat(log).st_size:
-            time.sleep(0.001)
-        time.sleep(float(ms) / 1000)
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(log)
-        said = "killed" if os.WIFSIGNALED(status) else f"ended by itself: {status}"
-        sys.stdout.write(f"{said}\n")
-        sys.stdout.flush()
-
-
 def watches(path):
     """Search until told to end; say how many answers there were, and of how many versions."""
     index = Index.open(path)
@@ -165,6 +142,10 @@ def holds(path, plan):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "lance is not fork-safe")  # nothing of Lance runs before
-    modes = (kills, watches, searches, compacts, holds)
-    {mode.__name__: mode for mode in modes}[sys.argv[1]](*sys.argv[2:])
+    main(
+        kills=lambda path: kill_for_each_line(path, write_for_ever),
+        watches=watches,
+        searches=searches,
+        compacts=compacts,
+        holds=holds,
+    )

@@ -1,18 +1,13 @@
-"""A process that writes to a store, and says what it begins and what was acknowledged.
-
-Run as ``store_writer.py MODE PATH ...``; it imports once and forks, so that killing it is cheap.
-"""
+"""A process that writes to a store, and says what it begins and what was acknowledged."""
 
 import json
 import os
 import resource
-import signal
 import sys
-import time
-import warnings
 
 import numpy as np
 import pyarrow as pa
+from killing import forked, kill_after, kill_for_each_line, main, say
 
 import nestvec as nv
 from nestvec.errors import NestvecError
@@ -87,46 +82,12 @@ def write_for_ever(path, seed, log):
         model = apply(model, step)
 
 
-def say(log, words):
-    os.write(log, (json.dumps(words) + "\n").encode())
-
-
-def forked(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return pid
-
-
-def kills(path):
-    """For every line ``seed ms`` fork a writer and kill it after as many milliseconds."""
-    for line in sys.stdin:
-        seed, ms = line.split()
-        log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        pid = forked(lambda seed=int(seed), log=log: write_for_ever(path, seed, log))
-        while not os.fstat(log).st_size:
-            time.sleep(0.001)
-        time.sleep(float(ms) / 1000)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(log)
-        sys.stdout.write("killed\n")
-        sys.stdout.flush()
-
-
 def creates(path):
     """Kill a process at some moment of making a store, once for every line ``n ms``."""
     for line in sys.stdin:
         n, ms = line.split()
         pid = forked(lambda n=n: Store.create(f"{path}{n}", SPACE, id_type="int", payload=PAYLOAD))
-        time.sleep(float(ms) / 1000)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        sys.stdout.write("killed\n")
-        sys.stdout.flush()
+        kill_after(pid, ms)
 
 
 def steps(path, durability):
@@ -178,6 +139,11 @@ def reads(path):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "lance is not fork-safe")  # nothing of Lance runs before
-    modes = (kills, creates, steps, limited, rounds, reads)
-    {mode.__name__: mode for mode in modes}[sys.argv[1]](*map(str, sys.argv[2:]))
+    main(
+        kills=lambda path: kill_for_each_line(path, write_for_ever),
+        creates=creates,
+        steps=steps,
+        limited=limited,
+        rounds=rounds,
+        reads=reads,
+    )

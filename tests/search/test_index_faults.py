@@ -1,16 +1,17 @@
 """Whatever happens to what is derived, a search answers, and answers what the record has."""
 
+import functools
 import json
 import logging
 import random
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import index_writer
+import killing
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,20 +27,11 @@ from nestvec.search.index import Index
 from nestvec.search.store import Batch, Store, durable
 from nestvec.search.structures import graph
 
-WRITER = str(Path(__file__).with_name("index_writer.py"))
+start = functools.partial(killing.start, Path(__file__).with_name("index_writer.py"))
 GRAPH, LISTS = PLANS[2], PLANS[3]
 
 # a thread that fails is a test that fails
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-def start(*words):
-    return subprocess.Popen(
-        [sys.executable, WRITER, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
 
 
 def create(path, n=1000):
@@ -447,23 +439,6 @@ def test_where_files_may_not_grow_a_search_answers_from_memory(index, plan, limi
     assert "graph" not in structures
     assert not list(index.path.glob("derived/**/*.part"))
     assert_right(Index.open(index.path), MODEL)
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mount something at a folder; undone after the test."""
-    folders = []
-
-    def mount(folder, *words):
-        folder.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", *words, folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
-        folders.append(folder)
-
-    yield mount
-    for folder in reversed(folders):
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("free", [4, 100, 260])

@@ -1,5 +1,6 @@
 """Whatever happens, a store opens at what it last acknowledged, and is never half of anything."""
 
+import functools
 import json
 import os
 import random
@@ -7,9 +8,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import killing
 import lance
 import numpy as np
 import pytest
@@ -18,17 +19,8 @@ import store_writer
 from nestvec.errors import FileFormatError, StorageError
 from nestvec.search.store import Store, durable
 
-WRITER = str(Path(__file__).with_name("store_writer.py"))
-
-
-def start(*words, **options):
-    return subprocess.Popen(
-        [sys.executable, WRITER, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+WRITER = Path(__file__).with_name("store_writer.py")
+start = functools.partial(killing.start, WRITER)
 
 
 def create(path, **options):
@@ -140,8 +132,8 @@ def traced(path, tmp_path, durability):
         pytest.skip("strace may not trace here")
     out = tmp_path / f"trace-{durability}"
     watch = ["strace", "-f", "-y", "-s", "40", "-o", out, "-e", f"trace={TRACED}"]
-    done = [sys.executable, WRITER, "steps", path, durability]
-    subprocess.run([*watch, *done], check=True, stdout=subprocess.PIPE)
+    done = killing.command(WRITER, "steps", path, durability)
+    subprocess.run([*watch, *done], check=True, stdout=subprocess.PIPE, env=killing.ENVIRONMENT)
     begun = {}
     for line in out.read_text(errors="replace").splitlines():
         pid, call = line.split(maxsplit=1)
@@ -212,23 +204,6 @@ def test_the_trace_sees_where_nothing_is_synced(tmp_path):
 
 
 # --- the disk says no -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Mount something at a folder; undone after the test."""
-    folders = []
-
-    def mount(folder, *words):
-        folder.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", *words, folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
-        folders.append(folder)
-
-    yield mount
-    for folder in reversed(folders):
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_is_said_and_nothing_changes(tmp_path, mounted):

@@ -1,12 +1,12 @@
 """An upgrade that is killed at any moment leaves an index that is whole, and nothing is lost."""
 
+import functools
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import killing
 import numpy as np
 import pytest
 import upgrade_writer as w
@@ -16,16 +16,7 @@ from nestvec.errors import StorageError
 from nestvec.search.index import Index
 from nestvec.upgrade import Upgrade
 
-WRITER = str(Path(__file__).with_name("upgrade_writer.py"))
-
-
-def start(*words):
-    return subprocess.Popen(
-        [sys.executable, WRITER, *map(str, words)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+start = functools.partial(killing.start, Path(__file__).with_name("upgrade_writer.py"))
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -131,14 +122,10 @@ def test_two_hundred_killed_upgrades_lose_nothing(tmp_path):
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(tmp_path, mounted):
     """A disk of 3 MB, and a function that leaves some kB of it."""
     disk = tmp_path / "small"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+    mounted(disk, "-t", "tmpfs", "-o", "size=3m", "none")
 
     def leave(kilobytes):
         filler = disk / "filler"
@@ -147,8 +134,7 @@ def small(tmp_path):
             free = shutil.disk_usage(disk).free // 1024
             filler.write_bytes(b"x" * ((free - kilobytes) * 1024))
 
-    yield disk, leave
-    subprocess.run(["umount", "-l", disk], check=True)
+    return disk, leave
 
 
 def test_on_a_full_disk_each_step_is_refused_and_changes_nothing(small):

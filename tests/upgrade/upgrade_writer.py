@@ -1,20 +1,13 @@
-"""Vectors of models that know the same things in other words; a process to be killed in an upgrade.
-
-Run as ``upgrade_writer.py MODE PATH ...``; it imports once and forks, so that killing it is cheap.
-"""
+"""Vectors of models that know the same in other words; a process to be killed in an upgrade."""
 
 import functools
 import json
-import os
 import select
-import signal
 import sys
-import time
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from killing import kill_for_each_line, main, say
 
 import nestvec as nv
 from nestvec._checks import normalise
@@ -121,10 +114,6 @@ def begin(index, **options):
 # --- to be killed ---------------------------------------------------------------------------------
 
 
-def say(log, words):
-    os.write(log, (json.dumps(words) + "\n").encode())
-
-
 def begun_upgrade(index):
     return Upgrade(index) if index._upgrading() is not None else None
 
@@ -210,33 +199,6 @@ def write_for_ever(path, seed, log):
         say(log, {"done": value, "seen": do(index, upgrade, step)})
 
 
-def kills(path):
-    """For every line ``seed steps ms`` fork a writer, and kill it so long after it began them."""
-    for line in sys.stdin:
-        seed, steps, ms = line.split()
-        log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        pid = forked(lambda seed=int(seed), log=log: write_for_ever(path, seed, log))
-        while Path(f"{path}.log").read_text().count("begin") < int(steps):
-            time.sleep(0.001)
-        time.sleep(float(ms) / 1000)
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(log)
-        said = "killed" if os.WIFSIGNALED(status) else f"ended by itself: {status}"
-        sys.stdout.write(f"{said}\n")
-        sys.stdout.flush()
-
-
-def forked(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return pid
-
-
 def watches(path):
     """Search by the model of the index until told to end; say how many answers, and its model."""
     index = Index.open(path)
@@ -269,5 +231,4 @@ def assert_true(hits, asked, model):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "lance is not fork-safe")  # nothing of Lance runs before
-    {mode.__name__: mode for mode in (kills, watches)}[sys.argv[1]](*sys.argv[2:])
+    main(kills=lambda path: kill_for_each_line(path, write_for_ever), watches=watches)
