@@ -148,13 +148,11 @@ def _beside_what_stands(
     about = ("command", "commit", "date", "machine", "threads", "load_before", "versions")
     before = {key: stands["meta"][key] for key in about if key in stands["meta"]}
     of = {one: before for one in dict.fromkeys(row["dataset"] for row in stay)}
-    known = {
-        row["dataset"] for row in stay
-    }  # "docs", and "docs: lancedb, pgvector" of some methods
+    known = {row["dataset"] for row in stay}
     of |= {
         one: said
         for one, said in stands["meta"].get("of", {}).items()
-        if one.partition(":")[0] in known
+        if one.partition(":")[0] in known  # "docs", and "docs: usearch" of one method
     }
     some = "" if methods is None else f": {', '.join(methods)}"
     of |= {f"{one}{some}": {key: meta[key] for key in about} for one in renewed}
