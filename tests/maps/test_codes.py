@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from nestvec.errors import DataError, DimensionError
-from nestvec.maps.codes import binary_decode, binary_encode, int8_decode, int8_encode, int8_scale
+from nestvec.maps.codes import (
+    binary_decode,
+    binary_encode,
+    int8_decode,
+    int8_encode,
+    int8_scale,
+    quarter_steps,
+    quarters,
+)
 
 
 def test_int8_is_within_half_a_step_of_every_number(rng):
@@ -16,6 +24,17 @@ def test_int8_is_within_half_a_step_of_every_number(rng):
     codes = int8_encode(x, scale)
     assert codes.dtype == np.int8
     assert (np.abs(int8_decode(codes, scale) - x) <= scale / 2 * 1.001).all()
+
+
+def test_two_bits_more_are_within_an_eighth_of_a_step(rng):
+    x = rng.normal(size=(200, 16)).astype(np.float32)
+    x[:, 3] = 0
+    scale = int8_scale(x)
+    codes = int8_encode(x, scale)
+    steps = quarter_steps(x, scale)
+    found = int8_decode(codes, scale) + (2.0 * quarters(x, codes, scale) - 3) * steps
+    assert (np.abs(found - x) <= scale / 8 * 1.001).all()
+    np.testing.assert_array_equal(found[:, 3], 0)
 
 
 def test_int8_uses_the_whole_range_and_is_symmetric(rng):

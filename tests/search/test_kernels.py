@@ -153,6 +153,19 @@ def test_rescoring_by_decoded_codes_agrees_with_its_twin(rng, codes, dim, in_ord
     assert_same(both("rescore_decoded", *arguments, scored=np.float32))
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("dim", [DIM, 83])
+def test_rescoring_by_finer_codes_agrees_with_its_twin(rng, codes, dim, in_order):
+    places = np.arange(0) if in_order else rng.permutation(N)
+    scale = rng.uniform(0.01, 0.1, dim).astype(np.float32)
+    codes[5, :dim] = 128
+    steps = np.where(np.arange(dim) % 7, scale / 8, 0).astype(np.float32)
+    rests = rng.integers(0, 256, (N, codes.shape[1] // 4)).astype(np.uint8)
+    asked = 100 * rng.normal(size=(ASKED, DIM)).astype(np.float32)
+    arguments = codes, rests, scale, steps, places.astype(np.int32), asked, shortlists(rng)
+    assert_same(both("rescore_finer", *arguments, scored=np.float32))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("dim", [DIM, 24])
 def test_rerank_agrees_with_its_twin(rng, dtype, dim):

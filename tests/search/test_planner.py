@@ -12,7 +12,7 @@ from nestvec._checks import normalise
 from nestvec.errors import DataError, PlanError
 from nestvec.measurement.metrics import per_query
 from nestvec.search import certificate, engine, planner, trials
-from nestvec.search.cascade import Plan
+from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.exact import top_k
 from nestvec.search.index import Index
 from nestvec.search.planner import Measured, _frontier
@@ -354,13 +354,19 @@ def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
     pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
     measured, _ = planner._measure(pool, ["lists"], 1000.0, False)
     assert measured.pop(0).plan == EXACT
-    alone = [one for one in measured if len(one.plan.cascade.stages) == 1]
-    best = max(alone, key=lambda one: one.recall)
-    assert 0.98 < best.recall < 1  # rounding loses some
-    assert best.recall == pytest.approx(pool.recall(best.plan).mean())
     reranked = [one for one in measured if len(one.plan.cascade.stages) == 2]
-    assert max(one.recall for one in reranked) >= best.recall
-    assert {one.resident_bytes for one in alone} == {reranked[0].resident_bytes + 4}  # their places
+    best = {}
+    for precision, more in (("int8", 4), ("int10", 4 + 64 // 4)):  # places; two bits a number
+        answers = Cascade([Stage(DIM, 10, precision)])
+        alone = [one for one in measured if one.plan.cascade == answers]
+        assert {one.resident_bytes for one in alone} == {reranked[0].resident_bytes + more}
+        best[precision] = max(alone, key=lambda one: one.recall)
+        assert best[precision].recall == pytest.approx(pool.recall(best[precision].plan).mean())
+    assert 0.98 < best["int8"].recall < 1  # rounding loses some
+    assert best["int8"].recall < best["int10"].recall
+    assert max(one.recall for one in reranked) >= best["int10"].recall
+    few, _ = planner._measure(pool, ["lists"], reranked[0].resident_bytes + 5, False)
+    assert not any("int10" in str(one.plan) for one in few)
     without, _ = planner._measure(pool, ["lists"], None, False)
     assert all(len(one.plan.cascade.stages) == 2 for one in without[1:])
 

@@ -1,10 +1,12 @@
-"""Small codes for prefix rows: int8 with one scale a dimension, and signs packed to bits.
+"""Small codes for prefix rows: int8 with one scale a dimension, two bits more, packed signs.
 
 Plain functions on float32 matrices, numpy only. A code is made of a prefix that was
 L2-normalised after its cut, so the scale belongs to one size and is kept beside the codes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +53,28 @@ def int8_decode(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[
             f"{len(scale)} dims: (n, {len(scale)}) int8 is expected."
         )
     return codes * scale
+
+
+def quarters(
+    matrix: NDArray[np.float32], codes: NDArray[Any], scale: NDArray[np.float32]
+) -> NDArray[np.uint8]:
+    """Return in which quarter of its step each number lies, (n, dim) uint8, 0 to 3.
+
+    A code of 8 bits and these two stand for ``codes * scale + (2 * quarters - 3) * scale / 8``.
+
+    >>> quarters(np.float32([[0.6, 1.0, 1.4]]), np.float32([[1, 1, 1]]), np.ones(3, np.float32))
+    array([[0, 2, 3]], dtype=uint8)
+    """
+    inside = np.floor((matrix / scale - codes) * 4 + 2)
+    return np.clip(inside, 0, 3, out=inside).astype(np.uint8)
+
+
+def quarter_steps(sample: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what half of a quarter is worth in each dimension, (dim,) float32.
+
+    Nothing, in one that is all zeros: a quarter has no middle at 0, and the step there means none.
+    """
+    return np.where(sample.any(axis=0), scale / 8, np.float32(0)).astype(np.float32)
 
 
 def binary_encode(matrix: ArrayLike) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from nestvec.errors import PlanError
 
-_BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1}  # finest first
+_BITS = {"float32": 32, "float16": 16, "int10": 10, "int8": 8, "binary": 1}  # finest first
 _STAGE = re.compile(r"(?P<dim>\d+)(?::(?P<precision>[a-z0-9]+))?@(?P<keep>\d+)")
 _STRUCTURE = re.compile(r"(?P<name>[a-z][a-z0-9_]*)(?:\((?P<knobs>[^()]*)\))?")
 

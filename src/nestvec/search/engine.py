@@ -42,6 +42,7 @@ _PLANS_KEPT = 32  # ready to run
 _MET = 32  # rows that a walk meets for each it keeps
 _AT_SIGHT = 4  # queries that cost less to score as rows go by than to put rows in order first
 _SPARE = 4  # rows found by rounded queries for each answer that codes give
+_CODED = "int8", "int10"  # precisions of codes
 _FEW = 4096  # rows that a filter leaves: each is scored, whatever the plan says
 
 
@@ -75,7 +76,9 @@ def check(plan: Plan, generation: Generation) -> None:
     sizes = generation.mirror.sizes
     if plan.structure in PEERS:
         _check_peer(plan, sizes[-1])
-    elif plan.structure != "exact" and first.precision != "int8":
+    elif plan.structure != "exact" and not (
+        first.precision == "int8" or (first is last and first.precision == "int10")
+    ):
         raise PlanError(
             f"plan {plan}: {plan.structure} begins on int8 codes. "
             f"Write {Stage(first.dim, first.keep, 'int8')} > ... in place of {first}."
@@ -83,8 +86,15 @@ def check(plan: Plan, generation: Generation) -> None:
     for stage in plan.cascade.stages:
         if stage is first and plan.structure in PEERS:
             continue
-        if stage.precision not in ("int8", "float32"):
-            raise PlanError(f"plan {plan}: an index has int8 and float32, not {stage.precision}.")
+        if stage.precision not in (*_CODED, "float32"):
+            raise PlanError(
+                f"plan {plan}: an index has int8, int10 and float32, not {stage.precision}."
+            )
+        if stage.precision == "int10" and stage is not last:
+            raise PlanError(
+                f"plan {plan}: int10 is for the last stage, where full vectors are not to be read. "
+                f"Write {Stage(stage.dim, stage.keep, 'int8')} in place of {stage}."
+            )
         # Codes of any prefix may make a shortlist: what it loses is measured. Answers may not.
         if stage.dim > sizes[-1] or (
             stage.dim not in sizes and (stage is last or stage.precision == "float32")
@@ -102,9 +112,12 @@ def parts(plan: Plan) -> set[str]:
     found = set() if plan.structure == "exact" else {plan.structure}
     if plan.structure == "lists":
         found.add(f"listed-{first.dim}")
+        rest = [stage for stage in rest if stage.dim > first.dim]
     elif plan.structure not in PEERS:
         rest = [first, *rest]
-    return found | {f"codes-{stage.dim}" for stage in rest if stage.precision == "int8"}
+    found |= {f"codes-{stage.dim}" for stage in rest if stage.precision in _CODED}
+    last = plan.cascade.stages[-1]
+    return found | ({f"rests-{last.dim}"} if last.precision == "int10" else set())
 
 
 def _check_peer(plan: Plan, full: int) -> None:
@@ -168,7 +181,7 @@ def _prepared(plan: Plan, view: View, mask: Mask) -> Callable[..., Any]:
         check(plan, generation)
         if len(view.prepared) >= _PLANS_KEPT:
             view.prepared.clear()
-        made = _Decoded if plan.cascade.stages[-1].precision == "int8" else Runner
+        made = _Decoded if plan.cascade.stages[-1].precision in _CODED else Runner
         found = view.prepared[plan] = made(plan, generation)
     return found
 
@@ -320,7 +333,8 @@ def _scorer(plan: Plan, generation: Generation) -> Callable[..., Any]:
         codes, places = generation.listed(last.dim), generation.lists().places
     else:
         codes, places = generation.codes(last.dim), None
-    return lambda queries, short, keep: codes.rescored(queries, short, keep, places)
+    rests = generation.rests(last.dim) if last.precision == "int10" else None
+    return lambda queries, short, keep: codes.rescored(queries, short, keep, places, rests)
 
 
 class _Few:

@@ -96,9 +96,14 @@ def stage_gallery(gallery: Vectors, stage: Stage, *, unit: bool) -> Vectors:
     cut = _cut(gallery, stage.dim, unit, "gallery")
     if stage.precision == "float16":
         return cut.astype(np.float16).astype(np.float32)
-    if stage.precision == "int8":
+    if stage.precision in ("int8", "int10"):
         scale = codes.int8_scale(cut)
-        return codes.int8_decode(codes.int8_encode(cut, scale), scale)
+        coded = codes.int8_encode(cut, scale)
+        decoded = codes.int8_decode(coded, scale)
+        if stage.precision == "int10":
+            odd = 2.0 * codes.quarters(cut, coded, scale) - 3
+            decoded += (odd * codes.quarter_steps(cut, scale)).astype(np.float32)
+        return decoded
     return _signs(cut) if stage.precision == "binary" else cut
 
 

@@ -8,6 +8,7 @@
       graph/        links (`Graph`)
       lists/        centroids and the order of the rows by list (`Lists`)
       listed-128/   codes in that order
+      rests-128/    two bits more a number (`Rests`), in the order of the vectors
       faiss_hnsw/   an index of faiss (`Peer`)
 
 Everything here can be made again, and is: when it is missing, when its checksum does not fit, when
@@ -33,9 +34,17 @@ from nestvec._progress import progress
 from nestvec.search import mirror, sealed
 from nestvec.search.sealed import Arrays, Damaged
 from nestvec.search.structures import graph, lists, peers
-from nestvec.search.structures.codes import Codes, encode, padded, scale_of
+from nestvec.search.structures.codes import (
+    Codes,
+    Rests,
+    encode,
+    encode_rests,
+    padded,
+    rests_scale,
+    scale_of,
+)
 
-_KINDS = ("codes", "listed", "graph", "lists", *peers.KINDS)
+_KINDS = ("codes", "listed", "rests", "graph", "lists", *peers.KINDS)
 
 
 class Generation:
@@ -147,6 +156,25 @@ class Generation:
             return {**found, "values": found["values"][numbers]}
 
         return self._get(f"listed-{dim}", make, _as_codes)
+
+    def rests(self, dim: int) -> Rests:
+        """Return what the codes of a prefix size leave, in the order of the vectors."""
+
+        def make(part: Path | None) -> Arrays:
+            sample = self.mirror.sample(dim)
+            scale = scale_of(sample, dim)
+            values = np.empty((len(self), padded(dim) // 4), np.uint8)
+            coded = np.empty((0, padded(dim)), np.uint8)
+            with self._progress(f"two bits more of {dim} dims") as advance:
+                for start, rows in self.mirror.blocks(dim):
+                    if len(coded) < len(rows):
+                        coded = np.empty((len(rows), padded(dim)), np.uint8)
+                    encode(rows, scale, coded[: len(rows)])
+                    encode_rests(rows, coded, scale, values[start : start + len(rows)])
+                    advance(len(rows))
+            return {"values": values, "steps": rests_scale(sample, scale)}
+
+        return self._get(f"rests-{dim}", make, lambda found: Rests(found["values"], found["steps"]))
 
     def graph(self) -> graph.Graph:
         """Return the graph over full vectors."""

@@ -449,7 +449,7 @@ def _measure(
                 some = _widths(trials, name, dim, held, enough)
                 more = _PLACE if name == "lists" else 0
                 if np.isfinite(most) and dim == full and name not in engine.PEERS:
-                    some += _codes_only(trials, some, held + more) if held + more <= most else []
+                    some += _codes_only(trials, some, held + more, most)
                 found += some
             else:
                 too_large.append((held, f"{name} on {dim} dims"))
@@ -462,13 +462,21 @@ def _measure(
     return found, f" Not tried, as over the budget of bytes: {what} ({least:.0f}) and what is more."
 
 
-def _codes_only(trials: Trials, measured: Sequence[Measured], held: float) -> list[Measured]:
+def _codes_only(
+    trials: Trials, measured: Sequence[Measured], held: float, most: float
+) -> list[Measured]:
     """Measure plans whose answers are scored by codes: they leave the pages of vectors alone."""
-    last = Cascade([Stage(trials.full, trials.k, "int8")])
-    plans = dict.fromkeys(Plan(last, one.plan.structure, one.plan.knobs) for one in measured)
-    return [
-        Measured(plan, float(trials.recall(plan).mean()), trials.ms(plan), held) for plan in plans
-    ]
+    found = []
+    for precision, more in (("int8", 0.0), ("int10", padded(trials.full) / 4)):
+        if held + more > most:
+            continue
+        last = Cascade([Stage(trials.full, trials.k, precision)])
+        for plan in dict.fromkeys(
+            Plan(last, one.plan.structure, one.plan.knobs) for one in measured
+        ):
+            recall = float(trials.recall(plan).mean())
+            found.append(Measured(plan, recall, trials.ms(plan), held + more))
+    return found
 
 
 def _widths(trials: Trials, name: str, dim: int, held: float, enough: float) -> list[Measured]:

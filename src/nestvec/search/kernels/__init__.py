@@ -14,6 +14,8 @@ to a multiple of 32 dims.
 - ``rescore_decoded(codes, scale, places, queries, shortlists, scores, rows)``: the same by cosine
   of float32 queries with what the codes stand for; the code of a row is ``codes[places[row]]``, or
   ``codes[row]`` where ``places`` is empty.
+- ``rescore_finer(codes, rests, scale, steps, places, queries, shortlists, scores, rows)``: with
+  what rounding left of each row as well (`Rests`), ``rests[row]``.
 - ``fold(queries, scale, out)``: float32 queries into int8 ones, for codes of that scale.
 - ``rerank(words, sums, queries, shortlists, scores, rows)``: by cosine with their float32 or
   float16 vectors, handed over as uint32 or uint16 words and cut to the queries' size. The sum of a
@@ -34,6 +36,7 @@ from nestvec.search.kernels._numba import (  # noqa: E402
     rerank,
     rescore,
     rescore_decoded,
+    rescore_finer,
     scan,
     scan_lists,
     scan_lists_and_rerank,
@@ -49,6 +52,7 @@ __all__ = [
     "rerank",
     "rescore",
     "rescore_decoded",
+    "rescore_finer",
     "scan",
     "scan_lists",
     "scan_lists_and_rerank",

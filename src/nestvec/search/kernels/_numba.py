@@ -478,6 +478,51 @@ def rescore_decoded(
 
 
 @_compiled
+def rescore_finer(
+    codes: Any,
+    rests: Any,
+    scale: Any,
+    steps: Any,
+    places: Any,
+    queries: Any,
+    shortlists: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    n_short, dim, width = shortlists.shape[1], scale.shape[0], rests.shape[1]
+    in_order = places.shape[0] == 0
+    unit = np.zeros(4 * width, np.float32)
+    whole = np.zeros(4 * width, np.float32)
+    half = np.zeros(4 * width, np.float32)
+    whole[:dim], half[:dim] = scale, steps
+    for asked in range(queries.shape[0]):
+        best, found = scores[asked], rows[asked]
+        size, length = 0, 0.0
+        for j in range(dim):
+            length += np.float64(queries[asked, j]) * queries[asked, j]
+        for j in range(dim):
+            unit[j] = queries[asked, j] / np.sqrt(length)
+        for i in range(n_short):
+            row = shortlists[asked, i]
+            if row < 0:
+                continue
+            at = row if in_order else places[row]
+            dot, squares = np.float32(0), np.float32(0)
+            for plane in range(4):
+                first, shift = plane * width, np.uint8(2 * plane)
+                for j in range(width):
+                    quarter = np.int32((rests[row, j] >> shift) & np.uint8(3))
+                    number = whole[first + j] * np.float32(
+                        np.int32(codes[at, first + j]) - OFFSET
+                    ) + half[first + j] * np.float32(2 * quarter - 3)
+                    dot += unit[first + j] * number
+                    squares += number * number
+            score = np.float32(dot / np.sqrt(squares) if squares > 0 else 0.0)
+            size = _offer(best, found, size, score, row)
+        _finish(best, found, size)
+
+
+@_compiled
 def _cosine(words: Any, row: int, unit: Any) -> Any:
     """Return the cosine of a row whose squares float32 cannot sum; 0 if it has no length."""
     dot, length = 0.0, 0.0

@@ -127,6 +127,31 @@ def rescore_decoded(
         _write(found, scores[asked], rows[asked])
 
 
+def rescore_finer(
+    codes: Any,
+    rests: Any,
+    scale: Any,
+    steps: Any,
+    places: Any,
+    queries: Any,
+    shortlists: Any,
+    scores: Any,
+    rows: Any,
+) -> None:
+    dim = len(scale)
+    for asked, query in enumerate(queries):
+        some = shortlists[asked][shortlists[asked] >= 0]
+        at = places[some] if len(places) else some
+        quarters = np.concatenate([rests[some] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+        vectors = (codes[at, :dim].astype(np.float64) - OFFSET) * scale
+        vectors += (2.0 * quarters[:, :dim] - 3) * steps
+        cut = query[:dim].astype(np.float64)
+        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(cut)
+        cosines = vectors @ cut / np.where(lengths > 0, lengths, 1)
+        found = _best(cosines.astype(np.float32), some, scores.shape[1])
+        _write(found, scores[asked], rows[asked])
+
+
 def rerank(words: Any, sums: Any, queries: Any, shortlists: Any, scores: Any, rows: Any) -> int:
     dim = queries.shape[1]
     vectors = words.view({2: np.float16, 4: np.float32}[words.itemsize])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestvec._checks import row_lengths
-from nestvec.maps.codes import int8_scale
+from nestvec.maps.codes import int8_scale, quarter_steps, quarters
 from nestvec.search import kernels
 from nestvec.search.kernels._numpy import OFFSET as _OFFSET
 
@@ -67,22 +67,56 @@ class Codes:
         shortlists: NDArray[np.int32],
         keep: int,
         places: NDArray[np.int32] | None = None,
+        rests: Rests | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the ``keep`` best rows of each shortlist by cosine, as the codes have it.
 
         The query is not rounded, which is what loses most. ``places`` (n,) says where the code of
-        each row is, if they are in another order.
+        each row is, if they are in another order. ``rests`` makes them finer.
         """
         scores = np.empty((len(queries), keep), np.float32)
         rows = np.empty((len(queries), keep), np.int32)
         at = _IN_ORDER if places is None else places
-        kernels.rescore_decoded(self.values, self.scale, at, queries, shortlists, scores, rows)
+        asked = queries, shortlists, scores, rows
+        if rests is None:
+            kernels.rescore_decoded(self.values, self.scale, at, *asked)
+        else:
+            kernels.rescore_finer(self.values, rests.values, self.scale, rests.steps, at, *asked)
         return rows, scores
 
 
+@dataclass(frozen=True, eq=False)
+class Rests:
+    """What rounding to `Codes` left, at two bits a number: 10 with those of the codes.
+
+    Attributes
+    ----------
+    values : (n, padded dim / 4) uint8
+        Which quarter of its step a number lies in, 0 to 3, in the order of the vectors: bits
+        ``2 p`` and ``2 p + 1`` of byte ``i`` are of number ``p * padded / 4 + i``.
+    steps : (dim,) float32
+        Half a quarter of each dimension's step.
+    """
+
+    values: NDArray[np.uint8]
+    steps: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.steps.nbytes
+
+
 def scale_of(sample: Vectors, dim: int) -> NDArray[np.float32]:
-    """Return the steps that fit the prefixes of a sample of the gallery, (dim,)."""
-    return int8_scale(unit_prefixes(sample, dim))
+    """Return the steps that fit the prefixes of a sample of the gallery, (dim,).
+
+    A dimension that is zero in all of it has the largest of the others' steps: a query that is not
+    zero there must not lose its other numbers to it.
+    """
+    rows = unit_prefixes(sample, dim)
+    scale, used = int8_scale(rows), rows.any(axis=0)
+    if used.any():
+        scale[~used] = scale[used].max()
+    return scale
 
 
 def encode(vectors: Vectors, scale: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
@@ -95,6 +129,29 @@ def encode(vectors: Vectors, scale: NDArray[np.float32], out: NDArray[np.uint8])
         block = out[start : start + len(rows)]
         block[:, :dim] = steps + _OFFSET
         block[:, dim:] = _OFFSET
+
+
+def rests_scale(sample: Vectors, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `Rests.steps` that fit the prefixes of a sample of the gallery, (dim,)."""
+    return quarter_steps(unit_prefixes(sample, len(scale)), scale)
+
+
+def encode_rests(
+    vectors: Vectors,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    out: NDArray[np.uint8],
+) -> None:
+    """Write what the codes (n, padded) of ``vectors`` leave into ``out`` (n, padded / 4)."""
+    dim, width = len(scale), out.shape[1]
+    for start in range(0, len(vectors), _ROWS_AT_ONCE):
+        rows = unit_prefixes(vectors[start : start + _ROWS_AT_ONCE], dim)
+        steps = codes[start : start + len(rows), :dim].astype(np.float32) - _OFFSET
+        found = np.zeros((len(rows), 4 * width), np.uint8)
+        found[:, :dim] = quarters(rows, steps, scale)
+        planes = found.reshape(len(rows), 4, width)
+        block = out[start : start + len(rows)]
+        block[:] = planes[:, 0] | planes[:, 1] << 2 | planes[:, 2] << 4 | planes[:, 3] << 6
 
 
 def unit_prefixes(vectors: Vectors, dim: int | None = None) -> Vectors:
