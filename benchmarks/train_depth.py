@@ -56,6 +56,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     # nearly the teacher alone: ``task`` weighs the contrastive losses
     "grid_distil": {"pairs": "grid", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
     "edges_distil": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
+    "edges_distil_slower": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 1e-4, "task": 0.1},
+    "edges_distil_slow": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 5e-5, "task": 0.1},
 }
 OURS = "grid_hold_fast"
 SEPARATE = ((3, 32), (3, 384), (6, 32), (6, 384))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nestvec._atomic import written_beside
 from nestvec._checks import as_matrix
 from nestvec._extras import require
-from nestvec.errors import DataError, FileFormatError, PlanError, SpaceMismatchError
+from nestvec.errors import DataError, PlanError, SpaceMismatchError
 from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.derived import Derived
@@ -42,6 +39,7 @@ from nestvec.search.store.incoming import gathered
 from nestvec.search.store.layout import Ids
 from nestvec.search.store.snapshot import as_matrix as as_vectors
 from nestvec.search.store.store import Moved
+from nestvec.search.stored_plan import StoredPlan
 from nestvec.search.transition import STATE, tidy
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
@@ -52,7 +50,6 @@ if TYPE_CHECKING:
 pa = require("pyarrow", extra="index", why="an index")
 
 _log = logging.getLogger(__name__)
-_PLAN = "plan.json"
 _MANY = 10_000  # fresh rows that are still few beside fewer derived ones
 
 Batches = Batch | Embeddings | Iterable[Batch | Embeddings]
@@ -166,8 +163,7 @@ class Index:
         self._derived = Derived(store.path / "derived", sizes, show_progress=self.show_progress)
         self._view: View | None = None
         self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
-        self._plan_path = str(store.path / _PLAN)
-        self._plan_known: tuple[Any, Plan | None, dict[str, Any]] = (None, None, {})
+        self._kept_plan = StoredPlan(store.path, self.path)
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self):,} rows, version {self.version})"
@@ -336,24 +332,7 @@ class Index:
     @property
     def plan_stored(self) -> Plan | None:
         """The plan that searches follow."""
-        try:
-            there = os.stat(self._plan_path)  # noqa: PTH116
-        except FileNotFoundError:
-            return None
-        stamp = there.st_ino, there.st_mtime_ns, there.st_size
-        seen, plan, _ = self._plan_known
-        if seen != stamp:
-            try:
-                about = json.loads((self._store.path / _PLAN).read_text("utf-8"))
-                plan = Plan.parse(about["plan"])
-            except FileNotFoundError:
-                return None
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise FileFormatError(
-                    f"{self._plan_path} cannot be read ({error}). Remove it, or plan again."
-                ) from error
-            self._plan_known = stamp, plan, about
-        return plan
+        return self._kept_plan.read()[0]
 
     def plan(
         self,
@@ -468,18 +447,15 @@ class Index:
         """
         if plan is None:
             with durable.storage_errors(self.path):
-                (self._store.path / _PLAN).unlink(missing_ok=True)
+                self._kept_plan.remove()
             return
         chosen = plan_given(plan)
         engine.check(chosen, self._seen().generation)
         if isinstance(plan, Planned):
             about = {**planner.as_json(plan), **about}
-        text = json.dumps({"plan": str(chosen), **about}, indent=1) + "\n"
-        home = self._store.path
-        with durable.storage_errors(self.path), durable.writer_lock(home):
-            self._remove_scratch()
-            with written_beside(home / _PLAN) as scratch:
-                scratch.write_text(text, "utf-8")
+        kept = self._kept_plan  # of where the index lives now
+        with durable.storage_errors(self.path), durable.writer_lock(kept.folder):
+            kept.write(chosen, about)
 
     def build(self, *names: str) -> None:
         """Build structures now rather than when a plan first asks.
@@ -502,7 +478,7 @@ class Index:
         plan = self.plan_stored
         with self._written() as store:
             with store.locked():
-                self._remove_scratch()
+                self._kept_plan.tidy()
                 tidy(store)
             freed = store.compact(keep_versions=keep_versions)
         old = self._seen()
@@ -585,11 +561,6 @@ class Index:
                     raise Moved(self.path)
                 return getattr(store, how)(new)
 
-    def _remove_scratch(self) -> None:
-        """Remove what was left by a process that was killed; the writer lock is held."""
-        for folder in self._store.path.glob(f".{_PLAN}.*"):
-            shutil.rmtree(folder, ignore_errors=True)
-
     @contextlib.contextmanager
     def _written(self) -> Iterator[Store]:
         self._follow()
@@ -640,7 +611,7 @@ class Index:
         if cascade is not None:
             plan = Plan(Cascade.parse(cascade) if isinstance(cascade, str) else cascade)
         if recall is not None:
-            return self._proven(float(recall), k)
+            return self._kept_plan.proven(float(recall), k)
         if dims is not None:
             return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
         chosen = plan_given(plan) if plan is not None else self.plan_stored
@@ -648,26 +619,6 @@ class Index:
             size = self._store.layout.space.size
             chosen = Plan(Cascade([Stage(size, 10 if k is None else k)]))
         return chosen if k is None else returning(chosen, k)
-
-    def _proven(self, recall: float, k: int | None) -> Plan:
-        """Return the cheapest stored plan that was certified for a recall."""
-        if not 0 < recall <= 1:
-            raise DataError(f"recall {recall} is a share: above 0, at most 1.")
-        _, _, stored = self._plan_known if self.plan_stored is not None else (None, None, {})
-        plan = planner.proven(stored, recall)
-        if plan is not None and k in (None, stored["k"]):
-            return plan
-        asked = "" if k in (None, 10) else f", k={k}"
-        if plan is not None:
-            said = f"recall@{stored['k']} was certified, and {k} answers are asked for"
-        elif bounds := [one["lower"] for one in stored.get("tested", ())]:
-            said = f"no stored plan was certified for recall {recall:g}, only up to {bounds[0]:.4f}"
-        else:
-            said = f"no plan is stored that was certified for recall {recall:g}"
-        raise PlanError(
-            f"{self.path}: {said}. Certify one: index.plan(recall={recall:g}{asked}), or nestvec "
-            f"plan {self.path} --recall {recall:g}{asked.replace(', k=', ' -k ')}."
-        )
 
     def _refreshed(self) -> None:
         if self._store.is_unchanged():
