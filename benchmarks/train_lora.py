@@ -1,6 +1,6 @@
 """One LoRA that is nested in its rank beside a LoRA trained at each rank, on STS-B.
 
-    python benchmarks/train_lora.py [--seeds 0,1,2] [--device cuda] [--train-only] [--try]
+    python benchmarks/train_lora.py [--seeds 0,1,2] [--device cuda] [--epochs 1] [--try]
 
 all-MiniLM-L6-v2 is adapted to the scored pairs of STS-B's train split (CoSENT), every method with
 the same steps, batch and alpha. Each method, and each rank of the separate LoRAs, has the learning
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of trainings")
     parser.add_argument("--train-only", action="store_true", help="train and keep; no result file")
     parser.add_argument("--rates", help="learning rates to choose from, e.g. 1e-4")
+    parser.add_argument("--epochs", type=int, help="of each training")
     parser.add_argument("--try", dest="tiny", action="store_true", help="few rows; nothing written")
     chosen = parser.parse_args()
     global DEVICE, RATES
@@ -273,6 +274,8 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if chosen.rates:
         RATES = tuple(float(rate) for rate in chosen.rates.split(","))
+    if chosen.epochs:
+        RECIPE.update(epochs=chosen.epochs)
     if chosen.tiny:
         RATES = RATES[:1]
         RECIPE.update(epochs=1, rows=128)
