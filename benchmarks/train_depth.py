@@ -43,8 +43,9 @@ N_RESAMPLES = 1000
 #: Stands for how layers are read in the names of runs: change it with `Layers.rows`.
 READING = "f2e41b1df9be"
 
-#: Settings of ours that were compared on the dev splits; `OURS` is the one that is reported. SICK's
-#: is looked at as STS-B's alone does not show what training takes away from the last layer.
+#: Settings of ours that were compared on the dev splits; `OURS`, which is reported, is the best by
+#: the mean of both over the cells that have a separate model. STS-B's split alone does not show
+#: what training takes away from the last layer.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "grid": {"pairs": "grid", "kl": 1.0, "keep": 0.0},
     "ladder": {"pairs": "ladder", "kl": 1.0, "keep": 0.0},
@@ -57,9 +58,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "grid_distil": {"pairs": "grid", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
     "edges_distil": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
     "edges_distil_slower": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 1e-4, "task": 0.1},
-    "edges_distil_slow": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 5e-5, "task": 0.1},
 }
-OURS = "grid_hold_fast"
+OURS = "edges_distil"
 SEPARATE = ((3, 32), (3, 384), (6, 32), (6, 384))
 PEERS = ("matryoshka_loss", "matryoshka_2d_loss")
 UNTRAINED = ("untuned", "untuned_rotation")
