@@ -19,6 +19,12 @@ def _dots(codes: Any, query: Any) -> Any:
     return codes.astype(np.int32) @ query.astype(np.int32)
 
 
+def _cosines(vectors: Any, query: Any) -> Any:
+    cut = query[: vectors.shape[1]].astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(cut)
+    return (vectors @ cut / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+
+
 def _best(scores: Any, rows: Any, keep: int) -> tuple[Any, Any]:
     order = np.lexsort((rows, -scores))[:keep]
     return scores[order], rows[order]
@@ -120,10 +126,7 @@ def rescore_decoded(
         some = shortlists[asked][shortlists[asked] >= 0]
         at = places[some] if len(places) else some
         vectors = (codes[at, : len(scale)].astype(np.float64) - OFFSET) * scale
-        cut = query[: len(scale)].astype(np.float64)
-        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(cut)
-        cosines = vectors @ cut / np.where(lengths > 0, lengths, 1)
-        found = _best(cosines.astype(np.float32), some, scores.shape[1])
+        found = _best(_cosines(vectors, query), some, scores.shape[1])
         _write(found, scores[asked], rows[asked])
 
 
@@ -145,10 +148,7 @@ def rescore_finer(
         quarters = np.concatenate([rests[some] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
         vectors = (codes[at, :dim].astype(np.float64) - OFFSET) * scale
         vectors += (2.0 * quarters[:, :dim] - 3) * steps
-        cut = query[:dim].astype(np.float64)
-        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(cut)
-        cosines = vectors @ cut / np.where(lengths > 0, lengths, 1)
-        found = _best(cosines.astype(np.float32), some, scores.shape[1])
+        found = _best(_cosines(vectors, query), some, scores.shape[1])
         _write(found, scores[asked], rows[asked])
 
 
