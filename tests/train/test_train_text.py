@@ -500,6 +500,16 @@ def command(*words):
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.fixture
+def _one_torch_thread():
+    """As `ENV` has it for processes: sums in another order are other sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_torch_thread")
 def test_a_killed_run_goes_on_to_the_very_same_weights(with_dropout, tmp_path):
     source = write_pairs(tmp_path / "pairs.jsonl")
     options = ["--model", with_dropout, "--batch-size", 16, "--epochs", 12, "--dims", "8,32"]
