@@ -39,7 +39,7 @@ KEYS = frozenset(
     dataset method dim layer precision metric value low high n seed bytes_per_vector macs_per_query
     qps p50_ms p99_ms recall target_recall ratio ratio_to build_s rss_bytes threads note
     held identical acknowledged lost pair n_pairs share verdict safe truth share_backfilled order
-    rank
+    rank n_certifying
     """.split()
 )
 

@@ -6,9 +6,10 @@ Queries of the new model search the gallery of the old one, through every bridge
 1,000 and 4,000 texts that both have encoded: documents of the set itself, then of the other sets,
 never its test queries. Beside it: old queries on the old gallery (``old``), new queries without a
 bridge (``unchanged``), and the whole gallery embedded again (``full``), of which ``share`` is the
-share. ``upgrade.fit`` is the bridge it chooses; ``gallery:`` moves the gallery instead.
+share. ``upgrade.fit`` is the bridge it chooses, ``:old`` with the old model as its teacher;
+``gallery:`` moves the gallery instead.
 
-Vectors are made where there is a GPU (``--vectors-only --device cuda``: four trainings and 70,000
+Vectors are made where there is a GPU (``--vectors-only --device cuda``: some trainings and 70,000
 texts, some minutes) and kept in ``.cache/benchmarks/encoders``; all else needs none.
 """
 
@@ -30,7 +31,7 @@ from nestvec.measurement.bootstrap import resample
 from nestvec.upgrade import BRIDGES
 
 SETS = ("scifact", "npl", "cisi", "20newsgroups")
-NEW = ("finetuned", "cut3", "other", "lsa300")
+NEW = ("finetuned", "headed", "cut3", "other", "lsa300")
 N_PAIRS = (250, 1000, 4000)
 METRICS = ("nDCG@10", "R@10")
 NESTED = (64, 128, 256)
@@ -63,8 +64,14 @@ def values(old: str, new: str, name: str, method: str, n: int) -> dict[str, Any]
             bridge = nv.upgrade.fit(old=sample[0], new=sample[1], sample_size=None, moves="gallery")
             docs, note = bridge.transform(docs), bridge.guard_.sentence()
         else:
-            kinds = None if kind == "upgrade.fit" else [kind]
-            bridge = nv.upgrade.fit(old=sample[0], new=sample[1], sample_size=None, kinds=kinds)
+            chosen, _, teacher = kind.partition(":")
+            bridge = nv.upgrade.fit(
+                old=sample[0],
+                new=sample[1],
+                sample_size=None,
+                kinds=None if chosen == "upgrade.fit" else [kind],
+                teacher=teacher or "new",
+            )
             asks, note = bridge.transform(asks), bridge.guard_.sentence()
         seconds = time.perf_counter() - started
     if dim is not None:
@@ -89,7 +96,7 @@ def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
                 continue
             found.append((kind, n))
         found.append(("anchors", n))
-    found += [("upgrade.fit", 1000)]
+    found += [("upgrade.fit", 1000), ("upgrade.fit:old", 1000)]
     if forward:
         found += [("gallery:upgrade.fit", 1000)]
     if forward and same:
@@ -134,16 +141,20 @@ def rows_of(old: str, new: str, name: str) -> list[dict[str, Any]]:
 
 
 def qualifying() -> list[dict[str, Any]]:
-    """Each recipe of the fine-tuned model that was tried, and whether it really moved."""
-    found = _encoders.recipes()
+    """Each recipe of the fine-tuned models that was tried, and whether it really moved."""
+    return [row for name in _encoders.RECIPES for row in _qualifying(name)]
+
+
+def _qualifying(name: str) -> list[dict[str, Any]]:
+    found = _encoders.recipes(name)
     old = float(found["old"])
     rows = []
     for i, (new, unbridged) in enumerate(found["tried"]):
-        rate, epochs, anew = _encoders.RECIPES[i]
-        chosen = "; this one is finetuned" if i == int(found["chosen"]) else ""
+        rate, epochs, anew = _encoders.RECIPES[name][i]
+        chosen = f"; this one is {name}" if i == int(found["chosen"]) else ""
         rows.append(
             {
-                "pair": "minilm -> finetuned",
+                "pair": f"minilm -> {name}",
                 "dataset": "scifact",
                 "method": f"rate {rate}, {epochs} epochs, {anew} layers drawn anew",
                 "metric": "nDCG@10 gained",

@@ -108,6 +108,8 @@ UPGRADES = (
     Upgrade("from another training to MiniLM", "other", "minilm"),
     Upgrade("from MiniLM to its fine-tuned self", "minilm", "finetuned"),
     Upgrade("from LSA to the fine-tuned MiniLM", "lsa300", "finetuned"),
+    Upgrade("from MiniLM to its fine-tuned self with a new last layer", "minilm", "headed"),
+    Upgrade("from 3 layers to the one with a new last layer", "cut3", "headed"),
     # expected to be bad
     Upgrade("wrong model: noise", "minilm", "minilm", of_new=noise_model),
     Upgrade(

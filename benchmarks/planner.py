@@ -7,6 +7,7 @@ Of each gallery structures are built once, and a pool of queries is walked once.
 from the pool queries to choose by, others to certify with, and fresh ones; `planner.find` is the
 real one. A case is good if the plan holds on the fresh queries and costs at most 1.3 times the
 cheapest plan on the frontier that holds on them; none at all is never good, as exact search holds.
+Beside each stands what the cheapest plan would cost that any bound could certify (`provable_from`).
 Costs are compared by times of their own, taken when all is planned, by other queries than the
 planner's times; all are processor time. A gallery's cases are kept, so that a run that was
 interrupted goes on.
@@ -41,7 +42,7 @@ NAME = "planner"
 K = 10
 CONFIDENCE = 0.95
 TARGETS = (0.95, 0.99)
-DRAWN = (1000, 1000, 5000)  # choosing, certifying, fresh
+CHOOSING, CERTIFYING, FRESH = 1000, (1000, 4000), 5000  # the second where the pool has as many
 POOL = 10_000
 BARS = {"share": 0.95, "ratio": 1.3}
 
@@ -132,6 +133,17 @@ def pool_of(name: str) -> trials.Trials:
     )
 
 
+def provable_from(target: float, n: int) -> float:
+    """Return the mean recall from which a bound can certify a target in half of all draws.
+
+    A law for every bound that assumes nothing of how recall is distributed. Replace each recall by
+    0 with probability ``q = 1 - target / mean``: the mean is the target, so the bound may certify
+    that in alpha of all draws at most; but ``n`` draws show no such 0 with probability
+    ``(1 - q)**n``, and are certified then as often as before.
+    """
+    return target * (0.5 / (1 - CONFIDENCE)) ** (1 / n)
+
+
 def case(pool: trials.Trials, seed: int, target: float, drawn: tuple[int, ...]) -> dict[str, Any]:
     """Plan with the queries of one seed; judge by its fresh ones."""
     order = np.random.default_rng(seed).permutation(len(pool))[: sum(drawn)]
@@ -146,45 +158,60 @@ def case(pool: trials.Trials, seed: int, target: float, drawn: tuple[int, ...]) 
         confidence=CONFIDENCE,
         seed=seed,
     )
-    plans = [one.plan for one in found.frontier]
-    holding = [plan for plan in plans if fresh.recall(plan).mean() >= target]
-    row = {"seed": seed, "target": target, "said": found.sentence, "holding": holding}
-    if found.plan is None:
-        return {**row, "plan": None, "recall": None, "held": False}
-    recall = float(fresh.recall(found.plan).mean())
-    return {**row, "plan": found.plan, "recall": recall, "held": recall >= target}
+    recall = {one.plan: float(fresh.recall(one.plan).mean()) for one in found.frontier}
+    reached = recall.get(found.plan)
+    least = provable_from(target, drawn[1])
+    return {
+        "seed": seed,
+        "target": target,
+        "n_certifying": drawn[1],
+        "said": found.sentence,
+        "plan": found.plan,
+        "recall": reached,
+        "held": reached is not None and reached >= target,
+        "holding": [plan for plan, mean in recall.items() if mean >= target],
+        "provable": [plan for plan, mean in recall.items() if mean >= least],
+    }
 
 
 def priced(pool: trials.Trials, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the cases with their cost ratios, by times that no planner saw."""
     again = pool._apart(np.arange(len(pool))[::-1])  # what was measured of the pool is not known
-    some = {plan for row in rows for plan in [*row["holding"], row["plan"]] if plan is not None}
-    plans = sorted(some, key=str)
+    asked = {plan for row in rows for of in ("holding", "provable") for plan in row[of]}
+    plans = sorted(asked | {row["plan"] for row in rows if row["plan"] is not None}, key=str)
     ms = dict(zip(plans, again.times(plans), strict=True))
     found = []
     for row in rows:
-        least, plan = min((ms[one] for one in row.pop("holding")), default=None), row.pop("plan")
+        plan = row.pop("plan")
+        least, provable = (
+            min((ms[one] for one in row.pop(of)), default=None) for of in ("holding", "provable")
+        )
         ratio = None if plan is None or least is None else ms[plan] / least
+        best = None if provable is None or least is None else provable / least
         good = row["held"] and ratio is not None and ratio <= BARS["ratio"]
-        found.append({**row, "plan": plan and str(plan), "ratio": ratio, "good": good})
+        found.append(
+            {**row, "plan": plan and str(plan), "ratio": ratio, "best": best, "good": good}
+        )
     return found
 
 
-def cases(name: str, n_seeds: int, drawn: tuple[int, ...]) -> list[dict[str, Any]]:
-    """All cases of a gallery, in this process."""
+def cases(name: str, n_seeds: int, draws: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """All cases of a gallery, in this process; more queries than the pool has are not drawn."""
     started = time.perf_counter()
     pool, rows = pool_of(name), []
-    for seed in range(n_seeds):
-        for target in TARGETS:
-            row = case(pool, seed, target, drawn)
-            rows.append(row)
-            said = f"{row['recall']:.4f} {row['plan']}" if row["plan"] else row["said"]
-            word = "held" if row["held"] else "MISS"
-            print(
-                f"  {name} {seed} {target} {word} {said} ({time.perf_counter() - started:.0f} s)",
-                file=sys.stderr,
-                flush=True,
-            )
+    for drawn in [one for one in draws if sum(one) <= len(pool)]:
+        for seed in range(n_seeds):
+            for target in TARGETS:
+                row = case(pool, seed, target, drawn)
+                rows.append(row)
+                said = f"{row['recall']:.4f} {row['plan']}" if row["plan"] else row["said"]
+                word = "held" if row["held"] else "MISS"
+                print(
+                    f"  {name} {drawn[1]} {seed} {target} {word} {said} "
+                    f"({time.perf_counter() - started:.0f} s)",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return priced(pool, rows)
 
 
@@ -204,23 +231,38 @@ def kept(name: str, n_seeds: int) -> list[dict[str, Any]]:
     return json.loads(file.read_text())
 
 
-def summary(name: str, target: float | None, found: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(
+    name: str, target: float | None, n_certifying: int, found: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return one row of the result file."""
     ratios = [one["ratio"] for one in found if one["held"]]
+    best = np.array([one["best"] for one in found if one["best"] is not None])
     spread = f"cost ratio {min(ratios):.2f} to {max(ratios):.2f} of those; " if ratios else ""
     none = sum(one["plan"] is None for one in found)
+    able = f"by any bound at best {np.median(best):.2f}, {(best <= BARS['ratio']).sum()} in the bar"
     return {
         "dataset": name,
         "method": "certified_plan",
         "metric": f"share of cases in which recall@{K} holds at {BARS['ratio']}x the cost or less",
         "value": float(np.mean([one["good"] for one in found])),
         "n": len(found),
+        "n_certifying": n_certifying,
         "held": sum(one["held"] for one in found),
         **({} if target is None else {"target_recall": target}),
         **({"ratio": float(np.median(ratios))} if ratios else {}),
         "ratio_to": "cheapest_plan_that_holds",
-        "note": f"held {sum(one['held'] for one in found)}; {spread}no plan {none}",
+        "note": f"held {sum(one['held'] for one in found)}; {spread}no plan {none}; {able}",
     }
+
+
+def summaries(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a gallery's rows: one a number of certifying queries and target."""
+    rows = []
+    for n in CERTIFYING:
+        for target in TARGETS:
+            some = [one for one in found if (one["n_certifying"], one["target"]) == (n, target)]
+            rows += [summary(name, target, n, some)] if some else []
+    return rows
 
 
 def main() -> None:
@@ -231,12 +273,13 @@ def main() -> None:
     parser.add_argument("--gallery", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.gallery:
-        print(json.dumps(cases(asked.gallery, asked.seeds, DRAWN)))
+        draws = [(CHOOSING, n, FRESH) for n in CERTIFYING]
+        print(json.dumps(cases(asked.gallery, asked.seeds, draws)))
         return
     if asked.small:
-        found = cases("try", 3, (500, 500, 2000))
-        for target in TARGETS:
-            print(summary("try", target, [one for one in found if one["target"] == target]))
+        found = cases("try", 3, [(500, 1000, 2000)])
+        for row in summaries("try", found):
+            print(row)
         return
     meta = _frame.meta(
         seeds=list(range(asked.seeds)),
@@ -244,17 +287,16 @@ def main() -> None:
         question=__doc__.splitlines()[0],
         bars=BARS,
         confidence=CONFIDENCE,
-        queries=dict(zip(("choosing", "certifying", "fresh"), DRAWN, strict=True)),
+        queries={"choosing": CHOOSING, "certifying": CERTIFYING, "fresh": FRESH},
     )
     rows, everything = [], []
     for name in asked.galleries.split(","):
         found = kept(name, asked.seeds)
         everything += found
-        for target in TARGETS:
-            rows.append(summary(name, target, [o for o in found if o["target"] == target]))
-    for target in TARGETS:
-        rows.append(summary("all", target, [o for o in everything if o["target"] == target]))
-    rows.append(summary("all", None, everything))
+        rows += summaries(name, found)
+    rows += summaries("all", everything)
+    first = [one for one in everything if one["n_certifying"] == CERTIFYING[0]]
+    rows.append(summary("all", None, CERTIFYING[0], first))
     _frame.write(NAME, rows, meta)
 
 

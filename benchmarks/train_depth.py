@@ -58,7 +58,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "edges_distil": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 2e-4, "task": 0.1},
     "edges_distil_slower": {"pairs": "edges", "kl": 0.0, "keep": 10.0, "rate": 1e-4, "task": 0.1},
 }
-OURS = "grid_hold_fast"
+OURS = "edges_distil"
 SEPARATE = ((3, 32), (3, 384), (6, 32), (6, 384))
 PEERS = ("matryoshka_loss", "matryoshka_2d_loss")
 UNTRAINED = ("untuned", "untuned_rotation")

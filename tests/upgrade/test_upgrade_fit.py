@@ -27,6 +27,11 @@ def test_rotated_model_gets_a_rotation_and_the_sentence_says_why(rng):
     assert bridge.guard_ is not None
     assert bridge.guard_.score("procrustes") > 0.99 > bridge.guard_.score("unchanged")
     assert bridge.guard_.sentence().startswith(
+        "procrustes bridge kept: held-out closeness by the new model kept@10 1.000 against"
+    )
+    guard = nv.upgrade.fit(old=old, new=new, teacher="old").guard_
+    assert guard is not None
+    assert guard.sentence().startswith(
         "procrustes bridge kept: held-out old scores explained 1.000 against"
     )
 
@@ -39,15 +44,35 @@ def test_model_that_did_not_move_is_left_unchanged(rng):
 def test_shifted_model_gets_more_than_a_rotation(rng):
     old = vectors(rng, n=800)
     new = old @ np.linalg.qr(rng.normal(size=(12, 12)))[0] + 2 * vectors(rng, n=1)
-    bridge = nv.upgrade.fit(old=old, new=new)
+    bridge = nv.upgrade.fit(old=old, new=new, teacher="old")
     assert not isinstance(bridge, (ProcrustesBridge, UnchangedBridge))
+
+
+def test_teacher_decides_whose_neighbours_are_found(rng):
+    """An old model that sees little but a few directions, and a new one that sees all alike."""
+    true = unit(rng.normal(size=(1400, 24)).astype(np.float32))
+    flat = np.geomspace(1, 0.1, 24)
+    old = unit((true * flat + 0.01 * rng.normal(size=true.shape)).astype(np.float32))
+    new = unit(true + 0.05 * rng.normal(size=true.shape).astype(np.float32))
+    asks, stored = new[:200], old[200:700]
+    found = {}
+    for teacher in ("new", "old"):
+        bridge = nv.upgrade.fit(old=old[700:], new=new[700:], teacher=teacher)
+        scores = unit(bridge.transform(asks)) @ stored.T
+        for model, side in (("new", new), ("old", old)):
+            best = np.argsort(-side[:200] @ side[200:700].T, axis=1)[:, :10]
+            ours = np.argsort(-scores, axis=1)[:, :10]
+            shared = [len(set(a) & set(b)) for a, b in zip(best, ours, strict=True)]
+            found[teacher, model] = np.mean(shared) / 10
+    assert found["new", "new"] > found["old", "new"] + 0.1
+    assert found["old", "old"] > found["new", "old"] + 0.1
 
 
 def test_fine_tuned_model_gets_its_drift_undone(rng):
     old = vectors(rng, n=80, dim=40)
     change = np.eye(40) + np.outer(*rng.normal(size=(2, 40))) / 20
     kinds = ("unchanged", "procrustes", "drift", "ridge")
-    bridge = nv.upgrade.fit(old=old, new=old @ change, kinds=kinds)
+    bridge = nv.upgrade.fit(old=old, new=old @ change, kinds=kinds, teacher="old")
     assert isinstance(bridge, DriftBridge)
 
 
@@ -121,6 +146,7 @@ def test_one_kind_is_fitted_as_asked(rng):
             "none of the kinds low_rank fits here with nested",
         ),
         ({"moves": "both"}, "'both' is not one of queries, gallery"),
+        ({"teacher": "both"}, "'both' is not one of new, old"),
         ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
     ],
 )

@@ -100,6 +100,13 @@ def fit(
             "gallery (old vectors go to the new space)."
         ),
     ] = "queries",
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="Whose search the bridge is to come near: new (what re-embedding would find), or "
+            "old (for a new model that is no better)."
+        ),
+    ] = "new",
     nested: Annotated[
         bool,
         typer.Option("--nested", help="A prefix of the input gives that prefix of the output."),
@@ -121,6 +128,7 @@ def fit(
         new=Embeddings.load(new, space=model_name),
         kinds=kind,
         moves=moves,
+        teacher=teacher,
         dims=parse_dims(dims) if dims else None,
         nested=nested,
         sample_size=sample_size,

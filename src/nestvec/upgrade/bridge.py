@@ -42,6 +42,7 @@ def fit(
     new: Any,
     kinds: Collection[str] | None = None,
     moves: str = "queries",
+    teacher: str = "new",
     dims: Any = None,
     nested: bool = False,
     sample_size: int | None = 2000,
@@ -66,6 +67,11 @@ def fit(
         ``"queries"``: the bridge takes vectors of the new model to the old space, so that new
         queries search the old gallery as it is. ``"gallery"``: it takes the stored old vectors to
         the new space, where the new model's queries come as they are.
+    teacher
+        Whose search the bridge is to come near. ``"new"``: what the new model would find if all
+        were embedded again, which is what you want of a better model. ``"old"``: what the old
+        model finds; for a new model that is no better (a smaller one, say), and the nearer the
+        bridge comes to that, the less is left of what the new one knows.
     dims, nested
         Sizes and block-triangular form, as in `nestvec.maps.RidgeBridge`; ``nested`` leaves only
         the bridges that have it.
@@ -90,8 +96,10 @@ def fit(
     Notes
     -----
     The criterion is what search runs on: the cosines of held-out texts, through the bridge, with
-    the other texts of the sample, against the cosines that the side which stays gives them. Whether
-    the new model is any better than the old one is for `nestvec.upgrade.judge` to say.
+    the other texts of the sample. Where the bridge leads into the teacher's own space they are
+    compared with its cosines one by one; else the 10 nearest are, by how close they are to the
+    teacher, as two models' cosines have no common scale. Whether the new model is any better than
+    the old one is for `nestvec.upgrade.judge` to say.
 
     Examples
     --------
@@ -104,6 +112,8 @@ def fit(
     """
     if moves not in ("queries", "gallery"):
         raise DataError(f"moves {moves!r} is not one of queries, gallery.")
+    if teacher not in ("new", "old"):
+        raise DataError(f"teacher {teacher!r} is not one of new, old.")
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction {validation_fraction!r} must lie between 0 and 1.")
     old, new = paired(old, new)
@@ -131,10 +141,16 @@ def fit(
     out, held_in = np.sort(order[:n_out]), np.sort(order[n_out:])
     bridges = {name: fitted(name, held_in) for name in names}
     sizes = bridges[names[0]].dims_
+    own, still = (guards.unit(_rows(side)) for side in (X, y))
+    lands_there = (moves == "queries") == (teacher == "old")
     guard = guards.judge(
         {name: bridge._map for name, bridge in bridges.items()},
-        _scorer(guards.unit(_rows(X)), guards.unit(_rows(y)), out, held_in, sizes),
-        criterion="old scores explained" if moves == "queries" else "new scores explained",
+        _explained(own, still, out, held_in, sizes)
+        if lands_there
+        else guards.closeness_kept(own[out], own[held_in], sizes, through=still[held_in]),
+        criterion=f"{teacher} scores explained"
+        if lands_there
+        else f"closeness by the {teacher} model kept@10",
         n_held_out=n_out,
         dims=sizes,
         weights=_equal(sizes),
@@ -190,7 +206,7 @@ def _fitting(kinds: Collection[str] | None, same_size: bool, nested: bool) -> li
     return names
 
 
-def _scorer(
+def _explained(
     X: Matrix,
     y: Matrix,
     out: NDArray[np.int64],
