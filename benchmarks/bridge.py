@@ -6,8 +6,8 @@ Queries of the new model search the gallery of the old one, through every bridge
 1,000 and 4,000 texts that both have encoded: documents of the set itself, then of the other sets,
 never its test queries. Beside it: old queries on the old gallery (``old``), new queries without a
 bridge (``unchanged``), and the whole gallery embedded again (``full``), of which ``share`` is the
-share. ``upgrade.fit`` is the bridge it chooses, ``:old`` with the old model as its teacher;
-``gallery:`` moves the gallery instead.
+share. ``upgrade.fit`` is the bridge it chooses, ``:new`` and ``:old`` with one model as its teacher
+in place of both; ``gallery:`` moves the gallery instead.
 
 Vectors are made where there is a GPU (``--vectors-only --device cuda``: some trainings and 70,000
 texts, some minutes) and kept in ``.cache/benchmarks/encoders``; all else needs none.
@@ -70,7 +70,7 @@ def values(old: str, new: str, name: str, method: str, n: int) -> dict[str, Any]
                 new=sample[1],
                 sample_size=None,
                 kinds=None if chosen == "upgrade.fit" else [kind],
-                teacher=teacher or "new",
+                teacher=teacher or "both",
             )
             asks, note = bridge.transform(asks), bridge.guard_.sentence()
         seconds = time.perf_counter() - started
@@ -96,7 +96,7 @@ def ways(old: str, new: str, name: str) -> list[tuple[str, int]]:
                 continue
             found.append((kind, n))
         found.append(("anchors", n))
-    found += [("upgrade.fit", 1000), ("upgrade.fit:old", 1000)]
+    found += [("upgrade.fit", 1000), ("upgrade.fit:new", 1000), ("upgrade.fit:old", 1000)]
     if forward:
         found += [("gallery:upgrade.fit", 1000)]
     if forward and same:

@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
 def test_fit_then_apply_takes_new_vectors_to_the_old_space(folder):
     sample = ["--old", folder / "old.npz", "--new", folder / "new.npz", "-o", folder / "bridge"]
     said = run("fit", *sample).stdout
-    assert "procrustes bridge kept: held-out closeness by the new model kept@10" in said
+    assert "procrustes bridge kept: held-out closeness kept@10 by both models" in said
     said = run("fit", *sample, "--teacher", "old").stdout
-    assert "procrustes bridge kept: held-out old scores explained" in said
+    assert "procrustes bridge kept: held-out closeness kept@10 by the old model" in said
     found = json.loads(run("fit", *sample, "--kind", "ridge", "--json").stdout)
     assert found["kind"] == "ridge"
     assert found["to"]["space_id"] == OLD.space_id

@@ -18,6 +18,7 @@ from nestvec.maps import (
     ProcrustesBridge,
     RelaxedBridge,
     RidgeBridge,
+    StiffBridge,
     UnchangedBridge,
     load_map,
 )
@@ -26,8 +27,8 @@ from nestvec.maps.guard import unit
 from nestvec.search.exact import top_k
 from nestvec.space import Embeddings, Space
 
-LEARNING = [ProcrustesBridge, RidgeBridge, RelaxedBridge, LowRankBridge]
-NESTED = [ProcrustesBridge, RidgeBridge, RelaxedBridge]
+LEARNING = [ProcrustesBridge, RidgeBridge, RelaxedBridge, StiffBridge, LowRankBridge]
+NESTED = [ProcrustesBridge, RidgeBridge, RelaxedBridge, StiffBridge]
 OLD = Space.declared("old", dim=12, nesting_dims=(4, 8, 12))
 NEW = Space.declared("new", dim=16, nesting_dims=(4, 8, 16))
 
@@ -113,6 +114,15 @@ def test_relaxed_is_the_minimum_between_rotation_and_least_squares(rng):
     np.testing.assert_allclose(found, weights, atol=1e-5)
     stiff = RelaxedBridge(alpha=1e9, intercept=False).fit(new, old).module_arrays()["linear"]
     np.testing.assert_allclose(stiff, rotation, atol=1e-5)
+
+
+def test_stiff_is_relaxed_by_a_thirtieth_of_its_pairs(rng):
+    new, old = pairs(rng, noise=0.3)  # 300
+    stiff = StiffBridge().fit(new, old)
+    assert stiff.alphas_ == (10.0,)
+    relaxed = RelaxedBridge(alpha=10.0).fit(new, old)
+    np.testing.assert_array_equal(stiff.transform(new), relaxed.transform(new))
+    assert StiffBridge(alpha=2.0).fit(new, old).alphas_ == (2.0,)
 
 
 def test_low_rank_has_its_rank_and_with_all_directions_is_ridge(rng):

@@ -27,12 +27,12 @@ def test_rotated_model_gets_a_rotation_and_the_sentence_says_why(rng):
     assert bridge.guard_ is not None
     assert bridge.guard_.score("procrustes") > 0.99 > bridge.guard_.score("unchanged")
     assert bridge.guard_.sentence().startswith(
-        "procrustes bridge kept: held-out closeness by the new model kept@10 1.000 against"
+        "procrustes bridge kept: held-out closeness kept@10 by both models 1.000 against"
     )
     guard = nv.upgrade.fit(old=old, new=new, teacher="old").guard_
     assert guard is not None
     assert guard.sentence().startswith(
-        "procrustes bridge kept: held-out old scores explained 1.000 against"
+        "procrustes bridge kept: held-out closeness kept@10 by the old model 1.000 against"
     )
 
 
@@ -56,7 +56,7 @@ def test_teacher_decides_whose_neighbours_are_found(rng):
     new = unit(true + 0.05 * rng.normal(size=true.shape).astype(np.float32))
     asks, stored = new[:200], old[200:700]
     found = {}
-    for teacher in ("new", "old"):
+    for teacher in ("new", "old", "both"):
         bridge = nv.upgrade.fit(old=old[700:], new=new[700:], teacher=teacher)
         scores = unit(bridge.transform(asks)) @ stored.T
         for model, side in (("new", new), ("old", old)):
@@ -66,6 +66,8 @@ def test_teacher_decides_whose_neighbours_are_found(rng):
             found[teacher, model] = np.mean(shared) / 10
     assert found["new", "new"] > found["old", "new"] + 0.1
     assert found["old", "old"] > found["new", "old"] + 0.1
+    assert found["both", "new"] > found["old", "new"] + 0.1
+    assert found["both", "old"] >= found["new", "old"]
 
 
 def test_fine_tuned_model_gets_its_drift_undone(rng):
@@ -120,7 +122,7 @@ def test_nested_leaves_the_bridges_that_have_blocks(rng):
     assert bridge.nested
     assert bridge.dims_ == (4, 8, 12)
     assert bridge.guard_ is not None
-    assert set(bridge.guard_.scores) == {"procrustes", "drift", "relaxed", "ridge"}
+    assert set(bridge.guard_.scores) == {"procrustes", "drift", "stiff", "relaxed", "ridge"}
 
 
 def test_sample_is_drawn_by_seed(rng):
@@ -146,7 +148,7 @@ def test_one_kind_is_fitted_as_asked(rng):
             "none of the kinds low_rank fits here with nested",
         ),
         ({"moves": "both"}, "'both' is not one of queries, gallery"),
-        ({"teacher": "both"}, "'both' is not one of new, old"),
+        ({"teacher": "all"}, "'all' is not one of both, new, old"),
         ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
     ],
 )

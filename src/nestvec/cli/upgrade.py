@@ -87,8 +87,8 @@ def fit(
     kind: Annotated[
         list[str] | None,
         typer.Option(
-            help="A kind of bridge to try: unchanged, procrustes, drift, relaxed, ridge, low_rank, "
-            "residual. "
+            help="A kind of bridge to try: unchanged, procrustes, drift, stiff, relaxed, ridge, "
+            "low_rank, residual. "
             "Repeat for more; by default all that fit.",
             show_default=False,
         ),
@@ -103,10 +103,10 @@ def fit(
     teacher: Annotated[
         str,
         typer.Option(
-            help="Whose search the bridge is to come near: new (what re-embedding would find), or "
-            "old (for a new model that is no better)."
+            help="Whose neighbours the bridge should find: old, new (what re-embedding would "
+            "give), or both if you do not know which model is better."
         ),
-    ] = "new",
+    ] = "both",
     nested: Annotated[
         bool,
         typer.Option("--nested", help="A prefix of the input gives that prefix of the output."),

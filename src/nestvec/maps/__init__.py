@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ProcrustesBridge,
         RelaxedBridge,
         RidgeBridge,
+        StiffBridge,
         UnchangedBridge,
     )
     from nestvec.maps.anchors import AnchorMap, anchor_maps
@@ -33,6 +34,7 @@ _HOME = {
     "RelaxedBridge": "nestvec.maps.alignment",
     "ResidualBridge": "nestvec.maps.residual",
     "RidgeBridge": "nestvec.maps.alignment",
+    "StiffBridge": "nestvec.maps.alignment",
     "UnchangedBridge": "nestvec.maps.alignment",
     "anchor_maps": "nestvec.maps.anchors",
     "load_map": "nestvec.maps.base",
@@ -49,6 +51,7 @@ __all__ = [
     "RelaxedBridge",
     "ResidualBridge",
     "RidgeBridge",
+    "StiffBridge",
     "UnchangedBridge",
     "anchor_maps",
     "load_map",

@@ -323,6 +323,10 @@ class RidgeBridge(Bridge):
         """Return what the weights are drawn to."""
         return np.zeros((X.shape[1], Y.shape[1]), np.float32)
 
+    def _penalty(self, n_pairs: int) -> float | None:
+        """Return the penalty, or None to choose it by leave-one-out error."""
+        return self.alpha
+
     def _learn(self, X: Matrix, Y: Matrix) -> dict[str, Matrix]:
         sizes = self.dims_ if self.nested else (Y.shape[1],)
         linear = self._prior(X, Y, sizes)
@@ -331,7 +335,7 @@ class RidgeBridge(Bridge):
         with_intercept = bool(self.intercept) and not self.nested
         for stop, n_in in zip(sizes, _reach(sizes, X.shape[1]), strict=True):
             weights, constant, alpha = _ridge(
-                X[:, :n_in], rest[:, start:stop], self.alpha, with_intercept
+                X[:, :n_in], rest[:, start:stop], self._penalty(len(X)), with_intercept
             )
             linear[:n_in, start:stop] += weights
             intercept[start:stop] = constant
@@ -387,6 +391,23 @@ class RelaxedBridge(RidgeBridge):
 
     def _prior(self, X: Matrix, Y: Matrix, sizes: tuple[int, ...]) -> Matrix:
         return _rotation(X, Y, sizes)
+
+
+class StiffBridge(RelaxedBridge):
+    """The relaxed rotation, kept near the rotation whatever old vectors would have.
+
+    Least squares makes new queries as much like the old model's as it can, with all that the old
+    model does not see; a rotation leaves what the new model tells apart, and misses the gallery by
+    more. Between the two little is lost of either, so this is the bridge to a better model.
+
+    Parameters and attributes are those of `RidgeBridge`, but that ``alpha`` is by default a 30th of
+    the number of pairs (whose vectors have length 1).
+    """
+
+    _kind = "stiff_bridge"
+
+    def _penalty(self, n_pairs: int) -> float | None:
+        return n_pairs / 30 if self.alpha is None else self.alpha
 
 
 class LowRankBridge(Bridge):

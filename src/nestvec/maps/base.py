@@ -31,6 +31,7 @@ _MODULES = {
     "procrustes_bridge": ("nestvec.maps.alignment", "ProcrustesBridge"),
     "ridge_bridge": ("nestvec.maps.alignment", "RidgeBridge"),
     "relaxed_bridge": ("nestvec.maps.alignment", "RelaxedBridge"),
+    "stiff_bridge": ("nestvec.maps.alignment", "StiffBridge"),
     "low_rank_bridge": ("nestvec.maps.alignment", "LowRankBridge"),
     "residual_bridge": ("nestvec.maps.residual", "ResidualBridge"),
     "anchor_map": ("nestvec.maps.anchors", "AnchorMap"),

@@ -27,8 +27,7 @@ class Guard:
     criterion
         ``"closeness kept@10"`` (no labels: how close at full size the 10 are that a prefix finds;
         1 is the true 10 nearest, 0 is chance), ``"nDCG@10"``, ``"Spearman"``, or for bridges
-        ``"closeness by the new model kept@10"`` and ``"old scores explained"`` (1 is all of their
-        variance, 0 is what a constant explains), by the teacher.
+        ``"closeness kept@10 by both models"``, or by the new or the old one.
     n_held_out
         Rows, queries or pairs the scores are means over; 0 if there were too few to hold any out.
     dims, weights
@@ -107,7 +106,12 @@ def judge(
 
 
 def closeness_kept(
-    asks: Matrix, gallery: Matrix, dims: Any, *, through: Matrix | None = None
+    asks: Matrix,
+    gallery: Matrix,
+    dims: Any,
+    *,
+    moved: Matrix | None = None,
+    through: Matrix | None = None,
 ) -> Scorer:
     """Score maps without labels: how close at full size the 10 are that a prefix finds.
 
@@ -115,8 +119,8 @@ def closeness_kept(
     prefix, on a scale where the true 10 nearest are 1 and random rows are 0. Unlike the recall of
     neighbours it forgives an exchange of two that are equally close, which costs a user nothing.
 
-    A map moves both sides; a bridge moves the asking rows alone, and they are searched for in
-    ``through``: the gallery's rows by the other model.
+    A map moves both sides. A bridge takes the asking rows by one model, ``moved``, to the gallery's
+    rows by the other, ``through``; ``asks`` and ``gallery``, by either model, say what is close.
     """
     k = min(_DEPTH, len(gallery))
 
@@ -129,7 +133,8 @@ def closeness_kept(
     span = np.maximum(best - chance, 1e-6)  # rows that are all alike have nothing to tell
 
     def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
-        a, g = function(asks), function(gallery) if through is None else through
+        a = function(asks if moved is None else moved)
+        g = function(gallery) if through is None else through
         kept = []
         for d in dims:
             found = nearest(unit(a[:, :d]) @ unit(g[:, :d]).T)
