@@ -159,7 +159,7 @@ def case(pool: trials.Trials, seed: int, target: float, drawn: tuple[int, ...]) 
         seed=seed,
     )
     recall = {one.plan: float(fresh.recall(one.plan).mean()) for one in found.frontier}
-    reached = recall.get(found.plan)
+    reached = None if found.plan is None else recall[found.plan]
     least = provable_from(target, drawn[1])
     return {
         "seed": seed,

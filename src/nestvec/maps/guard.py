@@ -72,7 +72,8 @@ class Guard:
             if name != self.winner
         )
         sizes = ", ".join(map(str, self.dims))
-        weighed = "equally" if len(set(self.weights)) == 1 else "as asked"
+        equal = len(set(self.weights)) == 1
+        weighed = "equally" if equal else " : ".join(f"{weight:.2g}" for weight in self.weights)
         return (
             f"{won}: held-out {self.criterion} {self.score(self.winner):.3f} against {others}, "
             f"{self.n_held_out} held out, weighted {weighed} over {sizes}"

@@ -97,8 +97,9 @@ def fit(
     -----
     The criterion is what search runs on: of each held-out text, through the bridge, the 10 nearest
     of the other texts, and how close the teacher's own vectors are for these (1 is its true 10
-    nearest, 0 is chance). Imitating the old model alone would choose the bridge that forgets what
-    the new one knows. Whether the new model is any better is for `nestvec.upgrade.judge` to say.
+    nearest, 0 is chance); the full size counts as much as all shorter ones together. Imitating the
+    old model alone would choose the bridge that forgets what the new one knows. Whether the new
+    model is any better is for `nestvec.upgrade.judge` to say.
 
     Examples
     --------
@@ -133,7 +134,7 @@ def fit(
         name = _SAFEST if _SAFEST in names else names[0]
         bridge = fitted(name)
         sizes = bridge.dims_
-        bridge.guard_ = guards.Guard("none", 0, sizes, _equal(sizes), {}, name)
+        bridge.guard_ = guards.Guard("none", 0, sizes, _weights(sizes), {}, name)
         return bridge
     order = rng.permutation(len(X))
     n_out = min(round(len(X) * validation_fraction), _MOST_HELD_OUT)
@@ -159,7 +160,7 @@ def fit(
         + ("both models" if teacher == "both" else f"the {teacher} model"),
         n_held_out=n_out,
         dims=sizes,
-        weights=_equal(sizes),
+        weights=_weights(sizes),
     )
     bridge = fitted(guard.winner)
     bridge.guard_ = guard
@@ -216,5 +217,7 @@ def _rows(side: Any) -> Matrix:
     return side.array if isinstance(side, Embeddings) else side
 
 
-def _equal(sizes: tuple[int, ...]) -> tuple[float, ...]:
-    return (1 / len(sizes),) * len(sizes)
+def _weights(sizes: tuple[int, ...]) -> tuple[float, ...]:
+    """Return what each size counts in the choice."""
+    *shorter, _ = sizes  # at the full one answers are ranked: it is worth all others together
+    return (*(0.5 / len(shorter) for _ in shorter), 0.5) if shorter else (1.0,)
