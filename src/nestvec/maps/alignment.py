@@ -26,6 +26,7 @@ Matrix = NDArray[np.float32]
 _Made = TypeVar("_Made", bound="Bridge")
 #: Penalties tried, as shares of the mean eigenvalue of the new rows' second moment.
 _PENALTIES = tuple(10.0**p for p in np.arange(-3, 2.1, 0.5))
+_STIFFNESS = 1 / 30  # penalty of a `StiffBridge` for each pair
 _UNSEEN = 1e-9  # of the largest singular value: what decides only where the pairs say nothing
 
 
@@ -394,20 +395,24 @@ class RelaxedBridge(RidgeBridge):
 
 
 class StiffBridge(RelaxedBridge):
-    """The relaxed rotation, kept near the rotation whatever old vectors would have.
+    """Least squares held near the best rotation by a fixed penalty.
 
-    Least squares makes new queries as much like the old model's as it can, with all that the old
-    model does not see; a rotation leaves what the new model tells apart, and misses the gallery by
-    more. Between the two little is lost of either, so this is the bridge to a better model.
+    `RelaxedBridge` leaves the rotation as far as that predicts old vectors better, and becomes as
+    blind as they are to what only a better model tells apart; this one does not go as far.
 
     Parameters and attributes are those of `RidgeBridge`, but that ``alpha`` is by default a 30th of
     the number of pairs (whose vectors have length 1).
+
+    Notes
+    -----
+    Minimises ``|X W + c - Y|^2 + alpha |W - R|^2``, ``R`` the Procrustes rotation. The 30th was
+    chosen on the pairs of text encoders of ``benchmarks/bridge.py``.
     """
 
     _kind = "stiff_bridge"
 
     def _penalty(self, n_pairs: int) -> float | None:
-        return n_pairs / 30 if self.alpha is None else self.alpha
+        return n_pairs * _STIFFNESS if self.alpha is None else self.alpha
 
 
 class LowRankBridge(Bridge):

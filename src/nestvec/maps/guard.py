@@ -106,44 +106,38 @@ def judge(
     return Guard(criterion, n_held_out, dims, weights, scores, winner)
 
 
-def closeness_kept(
-    asks: Matrix,
-    gallery: Matrix,
-    dims: Any,
-    *,
-    moved: Matrix | None = None,
-    through: Matrix | None = None,
-) -> Scorer:
-    """Score maps without labels: how close at full size the 10 are that a prefix finds.
+def closeness_kept(asks: Matrix, gallery: Matrix, dims: Any) -> Scorer:
+    """Score maps without labels: how close at full size the 10 are that a prefix finds."""
+    kept = closeness(asks @ gallery.T)
 
-    For each asking row, the mean cosine (at full size, before any map) of its 10 nearest by the
-    prefix, on a scale where the true 10 nearest are 1 and random rows are 0. Unlike the recall of
-    neighbours it forgives an exchange of two that are equally close, which costs a user nothing.
+    def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
+        a, g = function(asks), function(gallery)
+        return tuple(kept(unit(a[:, :d]) @ unit(g[:, :d]).T) for d in dims)
 
-    A map moves both sides. A bridge takes the asking rows by one model, ``moved``, to the gallery's
-    rows by the other, ``through``; ``asks`` and ``gallery``, by either model, say what is close.
+    return scorer
+
+
+def closeness(true: Matrix) -> Callable[[Matrix], float]:
+    """Return what says how close the 10 are that other scores find, by ``true`` cosines.
+
+    For each asking row the mean true cosine of the 10 best by the other scores, on a scale where
+    the true 10 nearest are 1 and random rows are 0. Unlike the recall of neighbours it forgives an
+    exchange of two that are equally close, which costs a user nothing. Both are (asking, gallery).
     """
-    k = min(_DEPTH, len(gallery))
+    k = min(_DEPTH, true.shape[1])
 
-    def nearest(cosines: Matrix) -> NDArray[np.int64]:
-        return np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+    def nearest(scores: Matrix) -> NDArray[np.int64]:
+        return np.argpartition(-scores, k - 1, axis=1)[:, :k]
 
-    true = asks @ gallery.T
     chance = true.mean(axis=1)
     best = np.take_along_axis(true, nearest(true), axis=1).mean(axis=1)
     span = np.maximum(best - chance, 1e-6)  # rows that are all alike have nothing to tell
 
-    def scorer(function: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
-        a = function(asks if moved is None else moved)
-        g = function(gallery) if through is None else through
-        kept = []
-        for d in dims:
-            found = nearest(unit(a[:, :d]) @ unit(g[:, :d]).T)
-            mean = np.take_along_axis(true, found, axis=1).mean(axis=1)
-            kept.append(float(((mean - chance) / span).mean()))
-        return tuple(kept)
+    def kept(scores: Matrix) -> float:
+        mean = np.take_along_axis(true, nearest(scores), axis=1).mean(axis=1)
+        return float(((mean - chance) / span).mean())
 
-    return scorer
+    return kept
 
 
 def ndcg(asks: Matrix, gallery: Matrix, relevant: Any, dims: Any) -> Scorer:

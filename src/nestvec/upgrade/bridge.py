@@ -33,6 +33,7 @@ BRIDGES: dict[str, type[ways.Bridge]] = {
 _SAME_SIZE = ("unchanged", "drift")
 _NESTED = ("procrustes", "drift", "stiff", "relaxed", "ridge")
 _FEWEST_PAIRS = 50  # below this, what is held out tells no bridge from another
+_FEWEST_ROWS = 20  # of fewer, the 10 nearest are all of them, or nearly
 _SAFEST = "procrustes"
 _MOST_HELD_OUT = 1000  # pairs; more would cost time and tell no more
 
@@ -71,7 +72,7 @@ def fit(
     teacher
         Whose neighbours the bridge should find: the old model's, the new model's (what embedding
         everything again would give), or, if you do not know which model is the better one, those
-        that are close by ``"both"``.
+        that are close by ``"both"``. It decides between kinds; with one kind there is no choice.
     dims, nested
         Sizes and block-triangular form, as in `nestvec.maps.RidgeBridge`; ``nested`` leaves only
         the bridges that have it.
@@ -85,8 +86,9 @@ def fit(
     Returns
     -------
     Bridge
-        A fitted map: ``transform``, ``save``, `nestvec.load_map`. With fewer than 50 pairs nothing
-        is compared and it is the safest one, `nestvec.maps.ProcrustesBridge`.
+        A fitted map: ``transform``, ``save``, `nestvec.load_map`. With fewer than 50 pairs (100 if
+        the gallery moves) nothing is compared and it is the safest one,
+        `nestvec.maps.ProcrustesBridge`.
 
     Raises
     ------
@@ -95,11 +97,11 @@ def fit(
 
     Notes
     -----
-    The criterion is what search runs on: of each held-out text, through the bridge, the 10 nearest
-    of the other texts, and how close the teacher's own vectors are for these (1 is its true 10
-    nearest, 0 is chance); the full size counts as much as all shorter ones together. Imitating the
-    old model alone would choose the bridge that forgets what the new one knows. Whether the new
-    model is any better is for `nestvec.upgrade.judge` to say.
+    The criterion is what search runs on: the 10 nearest, through the bridge, of held-out texts (or,
+    if the gallery moves, among them), and how close the teacher's own vectors are for these: 1 is
+    its true 10 nearest, 0 is chance. The full size counts as much as all shorter ones together.
+    Imitating the old model alone would choose the bridge that forgets what the new one knows.
+    Whether the new model is any better is for `nestvec.upgrade.judge` to say.
 
     Examples
     --------
@@ -130,32 +132,21 @@ def fit(
         made.set_params(**{k: v for k, v in settings.items() if k in made.get_params()})
         return made.fit(X[rows], y[rows])
 
-    if len(X) < _FEWEST_PAIRS or len(names) == 1:
+    n_out = min(round(len(X) * validation_fraction), _MOST_HELD_OUT)
+    n_found_among = len(X) - n_out if moves == "queries" else n_out
+    if len(X) < _FEWEST_PAIRS or n_found_among < _FEWEST_ROWS or len(names) == 1:
         name = _SAFEST if _SAFEST in names else names[0]
         bridge = fitted(name)
         sizes = bridge.dims_
         bridge.guard_ = guards.Guard("none", 0, sizes, _weights(sizes), {}, name)
         return bridge
     order = rng.permutation(len(X))
-    n_out = min(round(len(X) * validation_fraction), _MOST_HELD_OUT)
     out, held_in = np.sort(order[:n_out]), np.sort(order[n_out:])
     bridges = {name: fitted(name, held_in) for name in names}
-    sizes = bridges[names[0]].dims_
-    own, still = (guards.unit(_rows(side)) for side in (X, y))
-    by_model = {"new": own, "old": still} if moves == "queries" else {"new": still, "old": own}
-    crossing = {"moved": own[out], "through": still[held_in]}
-    scorers = [
-        guards.closeness_kept(rows[out], rows[held_in], sizes, **crossing)
-        for name, rows in by_model.items()
-        if teacher in ("both", name)
-    ]
-
-    def scorer(bridge: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
-        return tuple(float(mean) for mean in np.mean([one(bridge) for one in scorers], axis=0))
-
+    sizes = max((bridge.dims_ for bridge in bridges.values()), key=len)  # some know no others
     guard = guards.judge(
         {name: bridge._map for name, bridge in bridges.items()},
-        scorer,
+        _scorer(guards.unit(_rows(X)), guards.unit(_rows(y)), out, held_in, sizes, moves, teacher),
         criterion="closeness kept@10 by "
         + ("both models" if teacher == "both" else f"the {teacher} model"),
         n_held_out=n_out,
@@ -211,6 +202,41 @@ def _fitting(kinds: Collection[str] | None, same_size: bool, nested: bool) -> li
             + f"; choose from {', '.join(able)}."
         )
     return names
+
+
+def _scorer(
+    own: Matrix,
+    still: Matrix,
+    out: NDArray[np.int64],
+    held_in: NDArray[np.int64],
+    sizes: tuple[int, ...],
+    moves: str,
+    teacher: str,
+) -> guards.Scorer:
+    """Score bridges from ``own`` to ``still`` by what is found through them, as it is searched.
+
+    What moves was held out: a bridge says nothing of rows that it was fitted on.
+    """
+    queries = moves == "queries"
+    by_model = {"new": own if queries else still, "old": still if queries else own}
+
+    def asked(moved: Matrix, others: Matrix) -> Matrix:
+        return moved @ others.T if queries else others @ moved.T
+
+    kept = [
+        guards.closeness(asked(rows[out], rows[held_in]))
+        for model, rows in by_model.items()
+        if teacher in ("both", model)
+    ]
+
+    def scorer(bridge: Callable[[Matrix], Matrix]) -> tuple[float, ...]:
+        moved, found = bridge(own[out]), []
+        for d in sizes:
+            scores = asked(guards.unit(moved[:, :d]), guards.unit(still[held_in][:, :d]))
+            found.append(float(np.mean([one(scores) for one in kept])))
+        return tuple(found)
+
+    return scorer
 
 
 def _rows(side: Any) -> Matrix:
