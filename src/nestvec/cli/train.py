@@ -32,7 +32,7 @@ Examples:
 
   nestvec train text big.jsonl -o my-model --batch-size 1024 --chunk-size 32
 
-  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 1e-4   (see nestvec lora)
+  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4   (see nestvec lora)
 
   nestvec train text pairs.jsonl -o new-model --compatible-with old-model/   (keeps its gallery)
 
