@@ -245,7 +245,7 @@ def main() -> None:
     asked = parser.parse_args()
     sets = asked.sets.split(",")
     seeds = [0] if asked.trial else [int(seed) for seed in asked.seeds.split(",")]
-    meta = _frame.meta(seeds=seeds, data=sets, question=QUESTION)
+    meta = _frame.meta(seeds=seeds, data=sets, question=QUESTION, trained_on=_encoders.MADE_ON)
     pairs = asked.pairs.split(",")
     rows = [row for name in sets for pair in pairs for row in measured(name, pair, seeds)]
     for row in rows:

@@ -255,6 +255,7 @@ def main() -> None:
         data=_encoders.SETS,
         question="What does a bridge keep of full re-embedding?",
         encoders=_encoders.WHAT,
+        trained_on=_encoders.MADE_ON,
     )
     rows = []
     beside = arguments.encoders.split(",")

@@ -251,6 +251,7 @@ def main() -> None:
         data=_encoders.SETS,
         question="Does the judge call no bad upgrade safe, and every good one?",
         encoders=_encoders.WHAT,
+        trained_on=_encoders.MADE_ON,
         margin=MARGIN,
     )
     known = {*arguments.encoders.split(",")}

@@ -218,6 +218,15 @@ def _where() -> str:
     return ", ".join([on, *(f"{name} {importlib.metadata.version(name)}" for name in names)])
 
 
+def trained_on(seeds: list[int]) -> dict[str, list[str]]:
+    """Return which methods were trained where: what is kept need not be of one machine."""
+    found: dict[str, list[str]] = {}
+    for method in TRAINED:
+        places = {str(fine_tuned(method, seed)["machine"]) for seed in seeds_of(method, seeds)}
+        found.setdefault("; ".join(sorted(places)), []).append(method)
+    return found
+
+
 def train_all(seeds: list[int]) -> None:
     pairs()
     for method in UNTRAINED:
@@ -482,7 +491,7 @@ def main() -> None:
     }
     only = chosen.part or ("grid" if TRY else None)
     if only is None:
-        meta["trained_on"] = str(fine_tuned("fixed", seeds[0])["machine"])
+        meta["trained_on"] = trained_on(seeds)
     _training.run_parts(NAME, parts, meta, only=only)
 
 
