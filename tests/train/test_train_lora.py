@@ -149,6 +149,27 @@ def test_ranks_are_drawn_uniformly():
     np.testing.assert_allclose(shares, [0] + [1 / RANK] * RANK, atol=0.02)
 
 
+def test_ranks_that_were_named_are_drawn_alone_and_uniformly():
+    ranks = NestedRanks(small()[0], ranks=(1, 4), seed=3)
+    drawn = np.array([ranks.draw() for _ in range(8000)])
+    shares = np.bincount(drawn, minlength=RANK + 1) / len(drawn)
+    np.testing.assert_allclose(shares, [0, 0.5, 0, 0, 0.5], atol=0.02)
+
+
+def test_a_frozen_step_trains_what_the_next_smaller_rank_lacks(x):
+    tuned, _ = small()
+    ranks = NestedRanks(tuned, ranks=(1, 4), frozen=True)
+    for drawn, touched in ((4, [False, True, True, True]), (1, [True, False, False, False])):
+        tuned.zero_grad()
+        ranks.drawn = drawn
+        tuned.train()(x).square().sum().backward()
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                assert parameter.grad is not None
+                a_row = parameter.grad if "lora_A" in name else parameter.grad.transpose(0, 1)
+                assert (a_row.flatten(1) != 0).any(dim=1).tolist() == touched, name
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["all-below", "frozen"])
 def test_a_step_trains_the_rows_that_were_drawn(x, frozen):
     tuned, _ = small()
@@ -250,7 +271,45 @@ def test_a_cut_of_a_cut_is_a_cut(trained, tmp_path):
     one, other = adapter(tmp_path / "2-of-3"), adapter(tmp_path / "2")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    with pytest.raises(DimensionError, match="nested from 1 to 3"):
+    with pytest.raises(DimensionError, match="nested at any rank from 1 to 3"):
+        cut_lora(tmp_path / "3", tmp_path / "4", rank=4)
+
+
+def test_a_lora_of_some_ranks_is_cut_to_these_alone(model, tmp_path):
+    def train(ranks):
+        settings = Settings(**{**QUICK, "epochs": 1})
+        return train_text(
+            str(model), pairs(), tmp_path / "x", lora=Lora(rank=ranks), settings=settings
+        )
+
+    done = train((4, 1, 2))
+    card = (done.folder / "README.md").read_text()
+    shown = [line.split(" | ")[0] for line in card.partition("| rank |")[2].splitlines()[2:5]]
+    assert shown == ["| 1", "| 2", "| 4"]
+    assert "ranks 1, 2, 4." in card
+    with pytest.raises(DimensionError, match=r"rank 3 was not trained.* at ranks 1, 2, 4\."):
+        cut_lora(done.folder, tmp_path / "3", rank=3)
+    assert not (tmp_path / "3").exists()
+    cut_lora(done.folder, tmp_path / "2", rank=2)
+    cut_lora(tmp_path / "2", tmp_path / "1", rank=1)
+    with pytest.raises(DimensionError, match="at any rank from 1 to 2"):
+        load_lora(tmp_path / "2", rank=4)
+    one, whole = adapter(tmp_path / "1"), adapter(done.folder)
+    assert all(v.shape[0 if ".lora_A." in name else 1] == 1 for name, v in one.items())
+    name = next(name for name in whole if ".lora_A." in name)
+    assert torch.equal(one[name], whole[name][:1])
+    with pytest.raises(TrainingError, match=r"lora\.rank was \[1, 2, 4\], now 4"):
+        train(4)
+
+
+def test_files_that_name_no_ranks_have_all_of_them(trained, tmp_path):
+    """Those written before ranks could be chosen."""
+    folder = tmp_path / "x"
+    shutil.copytree(trained.folder, folder)
+    state = adapter(folder)
+    save_file(state, folder / "adapter_model.safetensors", {"nestvec": '{"nested": true}'})
+    cut_lora(folder, tmp_path / "3", rank=3)
+    with pytest.raises(DimensionError, match="any rank from 1 to 3"):
         cut_lora(tmp_path / "3", tmp_path / "4", rank=4)
 
 
@@ -539,6 +598,8 @@ def test_a_rank_that_was_not_trained_says_what_would_fit(trained, tmp_path, rank
     ranks = NestedRanks(small()[0])
     with pytest.raises(DimensionError, match="was not trained"):
         ranks.rank = rank
+    with pytest.raises(DimensionError, match="do not fit LoRA layers of rank 4"):
+        NestedRanks(small()[0], ranks=(1, RANK + 1))
 
 
 def test_another_base_is_refused(trained, tmp_path):
@@ -606,6 +667,9 @@ def test_settings_and_targets_that_do_not_fit(model, tmp_path):
     bad: list[dict[str, Any]] = [
         {"rank": 0},
         {"alpha": 0},
+        {"rank": ()},
+        {"rank": (0, 4)},
+        {"rank": (2, 4), "nested": False},
         {"targets": "query"},
         {"targets": ()},
         {"nested": False, "frozen": True},
@@ -647,3 +711,12 @@ def test_train_cut_and_merge_from_the_command_line(model, tmp_path):
     assert done.exit_code == 2  # it stands, and is somebody's model
     done = run("lora", "cut", lora, "-o", tmp_path / "x", "--rank", 5)
     assert done.exit_code == 2
+    options[options.index("--lora-rank") + 1] = "1,3"
+    done = run("train", "text", source, "-o", tmp_path / "some", *options)
+    assert done.exit_code == 0, done.output
+    done = run("lora", "cut", tmp_path / "some", "-o", tmp_path / "x", "--rank", 2)
+    assert done.exit_code == 2
+    options[options.index("--lora-rank") + 1] = "1-3"
+    done = run("train", "text", source, "-o", tmp_path / "none", *options)
+    assert done.exit_code == 2
+    assert "like 1,2,4,8,16" in done.output

@@ -12,7 +12,7 @@ from nestvec.cli._common import Json, command, describe, note, out, print_json
 CUT_EPILOG = """
 Examples:
 
-  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 1e-4
+  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4
 
   nestvec lora cut my-lora -o my-lora-4 --rank 4        (for peft, or for nestvec lora merge)
 """
@@ -40,7 +40,7 @@ def cut(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for the cut LoRA.", show_default=False)
     ],
-    rank: Annotated[int, typer.Option(help="1 to the rank that was trained.", show_default=False)],
+    rank: Annotated[int, typer.Option(help="One that was trained.", show_default=False)],
     json: Json = False,
 ) -> None:
     """Cut a rank-nested LoRA to a rank: an ordinary LoRA, for peft and all that reads its files."""
@@ -63,7 +63,7 @@ def merge(
     ],
     rank: Annotated[
         int | None,
-        typer.Option(help="1 to the rank that was trained.", show_default="the largest"),
+        typer.Option(help="One that was trained.", show_default="the largest"),
     ] = None,
     base: Annotated[
         str | None,

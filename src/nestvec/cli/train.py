@@ -32,7 +32,7 @@ Examples:
 
   nestvec train text big.jsonl -o my-model --batch-size 1024 --chunk-size 32
 
-  nestvec train text pairs.jsonl -o my-lora --lora-rank 16 --learning-rate 5e-4   (see nestvec lora)
+  nestvec train text pairs.jsonl -o my-lora --lora-rank 1,2,4,8,16 --learning-rate 5e-4 --epochs 2
 
   nestvec train text pairs.jsonl -o new-model --compatible-with old-model/   (keeps its gallery)
 
@@ -104,10 +104,10 @@ LogTo = Annotated[
     typer.Option(help="tensorboard, wandb, mlflow, ...; repeat for several.", show_default=False),
 ]
 LoraRank = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        min=1,
-        help="Train a LoRA in place of the model, nested up to this rank: nestvec lora cuts it.",
+        help="Train a LoRA in place of the model, nested up to this rank; of several, like "
+        "1,2,4,8,16, at these alone. nestvec lora cuts it.",
         show_default=False,
     ),
 ]
@@ -383,12 +383,16 @@ def image(
     )
 
 
-def _lora(rank: int | None) -> Any:
+def _lora(rank: str | None) -> Any:
     if rank is None:
         return None
     from nestvec.train import Lora
 
-    return Lora(rank=rank)
+    try:
+        ranks = [int(one) for one in rank.split(",")]
+    except ValueError:
+        fail(f"--lora-rank {rank!r}: give the largest, like 16, or several, like 1,2,4,8,16.")
+    return Lora(rank=ranks[0] if len(ranks) == 1 else ranks)
 
 
 def _folder(path: Path | None) -> str | None:

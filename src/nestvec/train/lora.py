@@ -2,7 +2,7 @@
 
 ::
 
-    W x + alpha / b * B[:, :b] A[:b] x        b drawn anew each step, from 1 to the rank
+    W x + alpha / b * B[:, :b] A[:b] x        b drawn anew each step
 
 What is drawn, and what a rank means, is here; files are in `nestvec.train.lora_files`.
 """
@@ -43,9 +43,11 @@ class Lora:
     Parameters
     ----------
     rank
-        The largest rank. With ``nested`` every rank from 1 to it can be cut off after training.
+        The largest rank. With ``nested`` every rank from 1 to it can be cut off after training. Of
+        several ranks, like ``(1, 2, 4, 8, 16)``, these alone are drawn, each more often, and can be
+        cut off.
     alpha
-        Strength: what a rank b adds is multiplied by ``alpha / b``. None takes ``rank``.
+        Strength: what a rank b adds is multiplied by ``alpha / b``. None takes the largest rank.
     targets
         Ends of the names of the layers that are adapted, like ``("query", "value")``. None takes
         every linear layer (of image networks every plain convolution too) that the vectors depend
@@ -53,12 +55,13 @@ class Lora:
     nested
         Draw the rank of each step. False trains a plain LoRA, which has this one rank.
     frozen
-        Let a step of rank b train the b-th row and column alone: the ranks below it stay good.
+        Let a step of rank b train only the rows and columns that the next smaller rank lacks: the
+        ranks below it stay good.
     dropout
         Share of the layers' input that is left out in training.
     """
 
-    rank: int = 16
+    rank: int | Sequence[int] = 16
     alpha: int | None = None
     targets: Sequence[str] | None = None
     nested: bool = True
@@ -66,7 +69,13 @@ class Lora:
     dropout: float | int = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or (self.alpha is not None and self.alpha < 1):
+        if isinstance(self.rank, Sequence):
+            object.__setattr__(self, "rank", tuple(sorted({int(rank) for rank in self.rank})))
+            if not self.rank:
+                raise DataError("rank (): give the largest rank, or ranks, like (1, 2, 4, 8, 16).")
+            if not self.nested:
+                raise DataError(f"ranks {self.rank}: a plain LoRA has one. Give its rank alone.")
+        if min(self.ranks, default=0) < 1 or (self.alpha is not None and self.alpha < 1):
             raise DataError(f"rank {self.rank} and alpha {self.alpha} must be 1 or more.")
         if isinstance(self.targets, str) or (self.targets is not None and not self.targets):
             raise DataError(f"targets {self.targets!r}: give names of layers, like ('query',).")
@@ -75,9 +84,17 @@ class Lora:
         if not 0 <= self.dropout < 1:
             raise DataError(f"dropout {self.dropout!r} is not a share: 0 to below 1.")
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """What can be had after training, ascending."""
+        if isinstance(self.rank, Sequence):
+            return tuple(self.rank)
+        return tuple(range(1, self.rank + 1)) if self.nested else (self.rank,)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, alpha as it will be."""
-        return asdict(self) | {"alpha": self.alpha or self.rank}
+        rank = list(self.rank) if isinstance(self.rank, Sequence) else self.rank
+        return asdict(self) | {"rank": rank, "alpha": self.alpha or max(self.ranks)}
 
 
 class NestedRanks(nn.Module):
@@ -96,6 +113,8 @@ class NestedRanks(nn.Module):
     model
         With LoRA layers of peft, all of one rank: linear layers and convolutions. From now on they
         are nested.
+    ranks
+        That are drawn. None takes every one from 1 to the layers' own.
     frozen
         As in `Lora`.
     seed
@@ -105,6 +124,8 @@ class NestedRanks(nn.Module):
     ------
     ModelError
         If the model has no LoRA layers, or some that cannot be nested.
+    DimensionError
+        If the layers' rank is not the largest of ``ranks``.
 
     Notes
     -----
@@ -118,10 +139,23 @@ class NestedRanks(nn.Module):
 
     generator: torch.Generator
 
-    def __init__(self, model: nn.Module, *, frozen: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ranks: Sequence[int] | None = None,
+        frozen: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         layers = lora_layers(model)
         self.largest = layers[0].r[ADAPTER]
+        self.ranks = tuple(range(1, self.largest + 1)) if ranks is None else tuple(sorted(ranks))
+        if not self.ranks or self.ranks[0] < 1 or self.ranks[-1] != self.largest:
+            raise DimensionError(
+                f"ranks {self.ranks} do not fit LoRA layers of rank {self.largest}: give some from "
+                f"1 to {self.largest}, and {self.largest} itself."
+            )
         self.frozen = frozen
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn = self._rank = self.largest
@@ -129,7 +163,7 @@ class NestedRanks(nn.Module):
             layer.lora_variant[ADAPTER] = _Nested(self)
 
     def extra_repr(self) -> str:
-        return f"largest={self.largest}, frozen={self.frozen}"
+        return f"{said(self.ranks)}, frozen={self.frozen}"
 
     @property
     def rank(self) -> int:
@@ -138,12 +172,17 @@ class NestedRanks(nn.Module):
 
     @rank.setter
     def rank(self, rank: int) -> None:
-        self._rank = checked_rank(rank, self.largest)
+        self._rank = checked_rank(rank, self.ranks)
 
     def draw(self) -> int:
-        """Draw the rank of the next step, uniform from 1 to the largest."""
-        self.drawn = int(torch.randint(self.largest, (), generator=self.generator)) + 1
+        """Draw the rank of the next step, uniform over ``ranks``."""
+        at = int(torch.randint(len(self.ranks), (), generator=self.generator))
+        self.drawn = self.ranks[at]
         return self.drawn
+
+    def below(self, rank: int) -> int:
+        """Return the next smaller of ``ranks``, or 0."""
+        return max((one for one in self.ranks if one < rank), default=0)
 
 
 class DrawRanks(TrainerCallback):
@@ -169,8 +208,9 @@ class _Nested(LoraVariant):
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         a, b_columns = down.weight[:b], up.weight[:, :b]
         if self.ranks.frozen and module.training:
-            a = torch.cat([a[:-1].detach(), a[-1:]])
-            b_columns = torch.cat([b_columns[:, :-1].detach(), b_columns[:, -1:]], dim=1)
+            kept = self.ranks.below(b)
+            a = torch.cat([a[:kept].detach(), a[kept:]])
+            b_columns = torch.cat([b_columns[:, :kept].detach(), b_columns[:, kept:]], dim=1)
         x = module.lora_dropout[active_adapter](x)
         if isinstance(down, nn.Linear):
             added = F.linear(F.linear(x, a), b_columns)
@@ -204,10 +244,13 @@ def lora_layers(model: nn.Module) -> list[Any]:
     return [layer for _, layer in found]
 
 
-def is_nested(model: nn.Module) -> bool:
-    """Return whether the LoRA layers of a model are nested."""
-    variants = (getattr(module, "lora_variant", {}).get(ADAPTER) for module in model.modules())
-    return any(isinstance(variant, _Nested) for variant in variants)
+def nested_ranks(model: nn.Module) -> tuple[int, ...]:
+    """Return the ranks that the LoRA layers of a model are nested at; () if they are plain."""
+    for module in model.modules():
+        variant = getattr(module, "lora_variant", {}).get(ADAPTER)
+        if isinstance(variant, _Nested):
+            return variant.ranks.ranks
+    return ()
 
 
 @dataclass(frozen=True)
@@ -226,15 +269,16 @@ class Attached:
             trainer.add_callback(DrawRanks(self.ranks))
 
     def by_rank(self, validate: Validate) -> dict[int, dict[str, float]]:
-        """Return what a validation finds at the largest rank, half of it, and so on down to 1."""
+        """Return what a validation finds at the ranks that were named, or at halves down to 1."""
         found: dict[int, dict[str, float]] = {}
         if self.ranks is not None:
+            named = self.lora.rank
+            if not isinstance(named, Sequence):
+                named = [named >> n for n in range(named.bit_length())]
             with evaluating(self.tuned):
-                rank = self.ranks.largest
-                while rank:
+                for rank in named:
                     self.ranks.rank = rank
                     found[rank] = validate()
-                    rank //= 2
             self.ranks.rank = self.ranks.largest
         return found
 
@@ -252,8 +296,8 @@ def attach(network: nn.Module, lora: Lora, *, seed: int, base: str) -> Attached:
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or lora.rank,
+        r=max(lora.ranks),
+        lora_alpha=lora.alpha or max(lora.ranks),
         lora_dropout=float(lora.dropout),
         target_modules=_targets(network, lora.targets),
     )
@@ -261,7 +305,9 @@ def attach(network: nn.Module, lora: Lora, *, seed: int, base: str) -> Attached:
         tuned = get_peft_model(network, config)  # pyright: ignore[reportArgumentType]  # any module
     assert isinstance(tuned, PeftModel)
     tuned.peft_config[ADAPTER].base_model_name_or_path = base  # peft has put a name of its own
-    ranks = NestedRanks(tuned, frozen=lora.frozen, seed=seed) if lora.nested else None
+    ranks = None
+    if lora.nested:
+        ranks = NestedRanks(tuned, ranks=lora.ranks, frozen=lora.frozen, seed=seed)
     undo = contextlib.ExitStack()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -320,11 +366,22 @@ def _special(module: nn.Module) -> bool:
     return module.groups > 1 or module.dilation != (1, 1) or module.padding_mode != "zeros"
 
 
-def checked_rank(rank: int, largest: int) -> int:
+def checked_rank(rank: int, ranks: Sequence[int]) -> int:
     """Return a rank that was trained, or raise `DimensionError`."""
-    if not 1 <= rank <= largest:
+    if rank not in ranks:
         raise DimensionError(
-            f"rank {rank} was not trained: this LoRA is nested from 1 to {largest}. Choose one of "
-            f"these, or train a larger one."
+            f"rank {rank} was not trained: this LoRA is nested at {said(ranks)}. Choose one of "
+            f"these, or train a LoRA with it."
         )
     return rank
+
+
+def said(ranks: Sequence[int]) -> str:
+    """Return ranks in words.
+
+    >>> said((1, 2, 3, 4)), said((1, 2, 4)), said((4,))
+    ('any rank from 1 to 4', 'ranks 1, 2, 4', 'rank 4')
+    """
+    if len(ranks) > 1 and tuple(ranks) == tuple(range(1, ranks[-1] + 1)):
+        return f"any rank from 1 to {ranks[-1]}"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -3,7 +3,7 @@
 ::
 
     FOLDER/adapter_config.json          as peft writes it; a cut changes r alone
-    FOLDER/adapter_model.safetensors    its metadata["nestvec"]: nested, base, dims
+    FOLDER/adapter_model.safetensors    its metadata["nestvec"]: nested, ranks, base, dims
     FOLDER/preprocessor_config.json     of image networks
 """
 
@@ -35,7 +35,7 @@ from nestvec.encoders.image_network import (
 )
 from nestvec.errors import FileFormatError, ModelError, StorageError
 from nestvec.train.card import declare_dims
-from nestvec.train.lora import ADAPTER, Attached, checked_rank, is_nested
+from nestvec.train.lora import ADAPTER, Attached, checked_rank, nested_ranks, said
 from nestvec.train.validation import Validate
 
 # the line above has said what to type where peft is missing
@@ -76,7 +76,8 @@ def save_lora(
     config.inference_mode = True
     with quiet():
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    about = {"nested": is_nested(model), "base": base, "dims": list(dims)}
+    ranks = nested_ranks(model)
+    about = {"nested": bool(ranks), "ranks": list(ranks), "base": base, "dims": list(dims)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write(Path(folder), config, tensors, about)
 
@@ -86,10 +87,9 @@ def save_adapter(
 ) -> str:
     """Write what was trained; return how to use it, and what each rank is worth, for its card."""
     save_lora(folder, adapter.tuned, base=base, dims=dims)
-    rank = adapter.lora.rank
-    some = f", rank={max(1, rank // 4)}" if adapter.lora.nested else ""
-    ranks = f"any rank from 1 to {rank}" if some else f"rank {rank}"
-    return f"""A LoRA of the base model: {ranks}.
+    ranks = adapter.lora.ranks
+    some = f", rank={ranks[len(ranks) // 4]}" if len(ranks) > 1 else ""
+    return f"""A LoRA of the base model: {said(ranks)}.
 
 ```python
 from nestvec.train import load_lora
@@ -129,7 +129,7 @@ def cut_lora(folder: str | os.PathLike[str], output: str | os.PathLike[str], *, 
     output
         Folder of the cut LoRA; one that stands there is replaced. It is nested up to ``rank``.
     rank
-        From 1 to the rank that was trained.
+        Any that was trained.
 
     Raises
     ------
@@ -273,13 +273,15 @@ def _read(folder: Path, rank: int | None) -> tuple[LoraConfig, dict[str, Tensor]
             f"it would be another model, and nothing would say so. Take its own rank, or train one "
             f"with nestvec train text --lora-rank {config.r}."
         )
-    checked_rank(rank, config.r)
+    ranks = about.get("ranks") or range(1, config.r + 1)  # older files name none: all were drawn
+    checked_rank(rank, ranks)
     if any(value.shape[_side(name)] != config.r for name, value in tensors.items()):
         raise FileFormatError(
             f"the LoRA in {folder} is damaged: its weights do not have the rank {config.r} of its "
             f"{CONFIG}."
         )
     config.r = rank
+    about = {**about, "ranks": [one for one in ranks if one <= rank]}
     cut = {name: value.narrow(_side(name), 0, rank) for name, value in tensors.items()}
     return config, cut, about
 
