@@ -68,6 +68,14 @@ def test_an_upgrade_from_beginning_to_end(folder):
     refused = run("upgrade", "finish", index, code=2).stderr
     assert "190 of 300 rows have no new vector" in refused
     assert "--drop-pending deletes them" in refused
+    words = ["upgrade", "backfill", index, "--vectors", new, "--queries"]
+    done = told(*words, folder / "asks-new.npz", "--max-rows", 10, "--no-learn")
+    assert (done["embedded"], done["order"], done["pairs"]) == (10, "traffic", 60)
+    assert "two spaces" in run(*words, folder / "asks-old.npz", code=2).stderr
+    assert (
+        "one of the two"
+        in run(*words, folder / "asks-new.npz", "--traffic", traffic, code=2).stderr
+    )
     assert "finish drops the old ones" in run("upgrade", "backfill", index, "--vectors", new).stdout
     assert told("upgrade", "status", index)["may_finish"]
     assert "300 rows, new" in run("upgrade", "finish", index).stdout

@@ -19,7 +19,7 @@ from nestvec.errors import (
 from nestvec.search import transition
 from nestvec.search.index import Index
 from nestvec.search.store import Store
-from nestvec.upgrade import Upgrade
+from nestvec.upgrade import Upgrade, order
 
 # a thread that fails is a test that fails
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -259,6 +259,30 @@ def test_by_traffic_what_is_like_that_comes_next(upgrade):
     np.testing.assert_allclose(
         [likeness[i] for i in seen[1:]], sorted((likeness[i] for i in seen[1:]), reverse=True)
     )
+
+
+def test_by_queries_what_stands_high_in_their_answers_comes_first(index, upgrade):
+    """Each as often as it is asked, by 1 / place; after each tenth they are asked again."""
+    log = nv.Embeddings(queries(1).array[[0, 1, 1, 1, 4]], space(1))
+    for done in (60, 72, 84):
+        hits = index.search(queries(1)[np.array([0, 1, 4])], 100)
+        worth = dict.fromkeys(range(IDS), 0.0)
+        for answers, count in zip(hits.ids.tolist(), (1, 3, 1), strict=True):
+            for place, i in enumerate(answers, 1):
+                worth[i] += count / place
+        held = done_ids(upgrade)
+        assert len(held) == done
+        wanted = sorted((-worth[i], i) for i in range(IDS) if i not in held and worth[i])
+        seen = asked_for(upgrade, queries=log, max_rows=12)
+        np.testing.assert_allclose([-worth[i] for i in seen], [v for v, _ in wanted[: len(seen)]])
+
+
+def test_queries_are_asked_again_as_rows_get_done(index, upgrade, monkeypatch):
+    asked = []
+    found_by = order.found_by
+    monkeypatch.setattr(order, "found_by", lambda *of: asked.append(1) or found_by(*of))
+    assert fill(upgrade, queries=queries(1)) == 140
+    assert len(asked) == 10
 
 
 def test_at_random_the_seed_says_the_order(tmp_path):
@@ -605,7 +629,10 @@ def test_an_upgrade_may_begin_with_no_row_that_is_done(index):
         (embed(1), {"column": "body"}, "'body' is not one"),
         (embed(1), {}, "None is not one"),
         (embed(1), {"column": "text", "order": "best"}, "'best' is not one of traffic"),
-        (embed(1), {"column": "text", "order": "traffic"}, "belong together"),
+        (embed(1), {"column": "text", "order": "traffic"}, "give it one of the two"),
+        (embed(1), {"column": "text", "order": "random", "traffic": {3: 1}}, "other orders none"),
+        (embed(1), {"column": "text", "queries": queries(1), "traffic": {3: 1}}, "one of the two"),
+        (embed(1), {"column": "text", "queries": queries(0)}, "two spaces"),
         (embed(1), {"column": "text", "traffic": {3: -1}}, "a count is 0 or more"),
         (embed(1), {"column": "text", "rows_per_second": 0}, "more than 0"),
         (embed(0), {"column": "text"}, "dims"),

@@ -50,6 +50,8 @@ Examples:
 
   nestvec upgrade backfill docs.nest --traffic returned.txt --rows-per-second 200
 
+  nestvec upgrade backfill docs.nest --queries log.parquet    (queries as asked, by the new model)
+
   nestvec upgrade backfill docs.nest --vectors new.parquet    (made elsewhere, with ids)
 """
 FINISH_EPILOG = """
@@ -229,7 +231,7 @@ def backfill(
         typer.Option(
             help="What comes first: what is asked for most, what the bridge misses most, or "
             "anything.",
-            show_default="traffic with --traffic, else random",
+            show_default="traffic with --queries or --traffic, else random",
         ),
     ] = None,
     traffic: Annotated[
@@ -239,6 +241,18 @@ def backfill(
             show_default=False,
         ),
     ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            help="Vectors of queries by the new model, each as often as it was asked: what stands "
+            "high in their answers comes first. A stamped file.",
+            show_default=False,
+        ),
+    ] = None,
+    learn: Annotated[
+        bool,
+        typer.Option(help="Learn the bridge again as rows get done, and take the better one."),
+    ] = True,
     rows_per_second: Annotated[
         float | None, typer.Option(help="At most as many.", show_default="no limit")
     ] = None,
@@ -266,6 +280,8 @@ def backfill(
             column=column,
             order=order,
             traffic=counts,
+            queries=None if queries is None else Embeddings.load(queries),
+            learn=learn,
             rows_per_second=rows_per_second,
             max_rows=max_rows,
             batch_size=batch_size,

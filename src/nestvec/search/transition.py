@@ -39,7 +39,7 @@ pa = require("pyarrow", extra="index", why="an index")
 
 FOLDER = "upgrade"
 STATE = f"{FOLDER}/upgrade.json"
-NEW, BRIDGE, YARDSTICK, LOCK = "new", "bridge", "sample.safetensors", "lock"
+NEW, LOCK = "new", "lock"
 FORMAT = 1
 _NEAREST = 20
 _QUERIES_AT_ONCE = 1024
@@ -49,6 +49,15 @@ INDEX_FILES = ("record", "checksums", "derived", "readers", "desk", "plan.json")
 #: The columns of ``new/`` beside id and vector; ``bridged`` rows were written with new vectors, so
 #: that their old ones are what the bridge made of those.
 KEYS = pa.schema([("of_row", pa.int64()), ("of_version", pa.int64()), ("bridged", pa.bool_())])
+
+
+def bridge_names(fit: int) -> tuple[str, str]:
+    """Return what a bridge and its yardstick are called in the folder: those of `start` are 0."""
+    return (
+        ("bridge", "sample.safetensors")
+        if not fit
+        else (f"bridge-{fit}", f"sample-{fit}.safetensors")
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,9 @@ def nearest(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 class State:
     """What ``upgrade.json`` says.
 
-    ``home`` is the folder of the index that is being left, ``column`` what is embedded of a row.
+    ``home`` is the folder of the index that is being left, ``column`` what is embedded of a row,
+    ``fit`` which bridge is in use (`bridge_names`), ``pairs`` how many it was learned from, or
+    compared on when it stayed.
     """
 
     home: str
@@ -119,6 +130,8 @@ class State:
     calibration: Calibration
     begun: str
     column: str | None
+    pairs: int
+    fit: int = 0
 
     def save(self, file: Path) -> None:
         """Write the file; whoever calls this makes it durable."""
@@ -128,6 +141,8 @@ class State:
             "home": self.home,
             "begun": self.begun,
             "column": self.column,
+            "pairs": self.pairs,
+            "fit": self.fit,
             "calibration": asdict(self.calibration),
             "space": self.space.to_dict(),
         }
@@ -149,6 +164,8 @@ class State:
                 calibration=Calibration(**found["calibration"]),
                 begun=found["begun"],
                 column=found["column"],
+                pairs=found["pairs"],
+                fit=found["fit"],
             )
         except (ValueError, KeyError, TypeError, SpaceError) as error:
             if isinstance(error, FileFormatError):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nestvec.errors import NestvecError
 from nestvec.maps.base import FittedMap, load_map
 from nestvec.search import engine
 from nestvec.search.cascade import Cascade, Plan, Stage
@@ -24,14 +25,13 @@ from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Keys, Snapshot, Store, Written
 from nestvec.search.store.incoming import batches_of
 from nestvec.search.transition import (
-    BRIDGE,
     FOLDER,
     KEYS,
     NEW,
     STATE,
-    YARDSTICK,
     State,
     Yardstick,
+    bridge_names,
     home_name,
 )
 from nestvec.search.view import Mask, View
@@ -78,13 +78,23 @@ class Upgrading:
     def open(cls, index: Index) -> Upgrading | None:
         """Open what ``upgrade.json`` stands for; None if it has just gone."""
         folder = index.path / FOLDER
-        try:
-            state = State.load(index.path / STATE)
-        except FileNotFoundError:
-            return None
+        state = None
+        while True:
+            before = state
+            try:
+                state = State.load(index.path / STATE)
+            except FileNotFoundError:
+                return None
+            bridge_name, known_name = (folder / name for name in bridge_names(state.fit))
+            try:
+                bridge, known = load_map(bridge_name), Yardstick.load(known_name)
+            except NestvecError:
+                if before == state:
+                    raise
+                continue  # a better bridge may have taken its place meanwhile
+            break
         durability = index._store.durability
         new = Index.open(folder / NEW, durability=durability, show_progress=index.show_progress)
-        bridge, known = load_map(folder / BRIDGE), Yardstick.load(folder / YARDSTICK)
         return cls(index, state, bridge, known, new)
 
     @property

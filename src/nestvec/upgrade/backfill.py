@@ -20,6 +20,7 @@ from nestvec.search.store import Batch, Keys
 from nestvec.search.transition import FOLDER
 from nestvec.search.upgrading import Upgrading
 from nestvec.space import Embeddings
+from nestvec.upgrade import learning
 from nestvec.upgrade.order import pending_rows
 from nestvec.upgrade.sources import NewVectors
 
@@ -36,6 +37,8 @@ def backfill(
     *,
     order: str,
     traffic: Mapping[Any, float | int] | None,
+    queries: Embeddings | None,
+    learn: bool,
     seed: int,
     batch_size: int,
     rows_per_second: float | int | None,
@@ -46,20 +49,26 @@ def backfill(
     # made vectors fit rows as they are now, and none that is written from here on
     newest = upgrading.index.version if vectors.is_made else None
     sides = upgrading.sides(*upgrading.views())
-    total = int(np.count_nonzero(~sides.is_done))
-    total = total if max_rows is None else min(total, max_rows)
+    n_pending = int(np.count_nonzero(~sides.is_done))
+    total = n_pending if max_rows is None else min(n_pending, max_rows)
     with progress("backfill", total, show=show_progress, unit="rows") as advance:
         pieces = _Pieces(upgrading, order, rows_per_second, advance)
         while max_rows is None or pieces.n < max_rows:
             old, new = upgrading.views()
             keys = upgrading.sides(old, new).keys
-            rows = pending_rows(order, upgrading, old, new, traffic=traffic, seed=seed)
+            rows = pending_rows(
+                order, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
+            )
             if newest is not None:
                 rows = rows[keys.updated[rows] <= newest]
             if vectors.is_made and len(rows):
                 rows = rows[vectors.has(old.ids(old.rows_of(keys.at(rows))))]
-            rows = rows[: max(_ROWS_AN_ORDER, total // 10)]
-            rows = rows[: None if max_rows is None else max_rows - pieces.n]
+            at_once = [max(_ROWS_AN_ORDER if queries is None else 1, n_pending // 10)]
+            if max_rows is not None:
+                at_once.append(max_rows - pieces.n)
+            if learn:
+                at_once.append(learning.rows_until(upgrading, old, new))
+            rows = rows[: min(at_once)]
             if not len(rows):
                 break
             size = batch_size if rows_per_second is None else min(batch_size, rows_per_second)
@@ -71,6 +80,8 @@ def backfill(
                     pieces.add(vectors(table), some)
             finally:  # also when it is interrupted: what is made is kept
                 pieces.flush()
+            if learn and learning.again(upgrading, seed=seed):
+                pieces.upgrading = upgrading = upgrading.index._upgrading() or upgrading
         return pieces.n
 
 

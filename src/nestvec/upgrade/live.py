@@ -32,15 +32,14 @@ from nestvec.search.index import Index
 from nestvec.search.store import Keys, Store, durable
 from nestvec.search.store.snapshot import as_matrix
 from nestvec.search.transition import (
-    BRIDGE,
     FOLDER,
     KEYS,
     LOCK,
     NEW,
     STATE,
-    YARDSTICK,
     Calibration,
     State,
+    bridge_names,
     home_name,
     tidy,
 )
@@ -66,6 +65,8 @@ class Status:
     bridged
         Done rows that were written with new vectors during the upgrade: after a rollback their old
         vectors are what the bridge made.
+    pairs
+        Rows that the bridge was last learned from, or compared on.
     running
         Whether a process works on it now.
     rows_per_second, seconds_left
@@ -80,6 +81,7 @@ class Status:
     done: int
     pending: int
     bridged: int
+    pairs: int
     running: bool
     rows_per_second: float | None
     seconds_left: float | None
@@ -197,7 +199,8 @@ class Upgrade:
             tidy(store)
             _check_none(found)
             begun = datetime.now(UTC).isoformat(timespec="seconds")
-            state = State(home_name(store), sample.space, scale, begun, column)
+            state = State(home_name(store), sample.space, scale, begun, column, len(sample))
+            bridge_name, known_name = bridge_names(state.fit)
             with written_beside(found.path / FOLDER) as scratch:
                 scratch.mkdir()
                 Store.create(
@@ -209,8 +212,8 @@ class Upgrade:
                     durability="process",  # all is synced when the folder is put in place
                     rows=first,
                 )
-                bridge.save(scratch / BRIDGE)
-                known.save(scratch / YARDSTICK)
+                bridge.save(scratch / bridge_name)
+                known.save(scratch / known_name)
                 (scratch / LOCK).touch()
                 state.save(scratch / Path(STATE).name)
         return cls(found)
@@ -245,6 +248,7 @@ class Upgrade:
             done=done,
             pending=rows - done,
             bridged=int(np.count_nonzero(sides.bridged)),
+            pairs=upgrading.state.pairs,
             running=self._is_running(),
             rows_per_second=rate,
             seconds_left=(rows - done) / rate if rate and rows > done else None,
@@ -259,6 +263,8 @@ class Upgrade:
         column: str | None = None,
         order: str | None = None,
         traffic: Mapping[Any, float | int] | None = None,
+        queries: Embeddings | None = None,
+        learn: bool = True,
         rows_per_second: float | int | None = None,
         max_rows: int | None = None,
         batch_size: int | None = None,
@@ -277,12 +283,18 @@ class Upgrade:
         column
             The payload column that is embedded; by default the one that `start` was told.
         order
-            ``"traffic"``: what is asked for most, by the counts in ``traffic``, then what is like
-            it.
+            ``"traffic"``: what is asked for most, by ``queries`` or by the counts in ``traffic``,
+            then what is like it.
             ``"bridge_error"``: what the bridge is expected to miss most. ``"random"``. By default
-            by traffic if it is given, else random.
+            by traffic if one of the two is given, else random.
         traffic
             How often each id was returned or asked for, ``{id: count}``.
+        queries : (n_queries, dim_new)
+            A log of queries, of the new Space, each as often as it was asked. They are asked again
+            after each tenth of the rows, and what stands high in their answers comes first.
+        learn
+            Learn the bridge again when twice as many rows are done (from 500, up to 4,000), and
+            take it where rows that were held out say that it is the better one.
         rows_per_second
             At most as many.
         max_rows
@@ -300,12 +312,14 @@ class Upgrade:
             If another process works on this upgrade, or the disk refuses.
         """
         if order is None:
-            order = "random" if traffic is None else "traffic"
-        check_order(order, traffic)
+            order = "random" if traffic is None and queries is None else "traffic"
+        check_order(order, traffic, queries)
         for name, value in (("rows_per_second", rows_per_second), ("max_rows", max_rows)):
             if value is not None and not value > 0:
                 raise DataError(f"{name} is {value}; more than 0, or None for no limit.")
         upgrading = self._under_way()
+        if queries is not None:
+            upgrading.space.check_same(queries.space)
         if column is None and not isinstance(source, Embeddings):
             column = upgrading.state.column
         vectors = NewVectors(source, column, upgrading.space, self.index.schema.names)
@@ -317,6 +331,8 @@ class Upgrade:
                 vectors,
                 order=order,
                 traffic=traffic,
+                queries=queries,
+                learn=learn,
                 seed=seed,
                 batch_size=batch_size,
                 rows_per_second=rows_per_second,

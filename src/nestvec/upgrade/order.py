@@ -20,6 +20,8 @@ _MOST_KNOWN = 2000  # done rows that errors are predicted from
 _NEAREST = 10
 _NEAR = 0.1  # a cosine that is lower by as much makes a row count less by e
 _AT_ONCE = 8192
+_MOST_QUERIES = 2000  # distinct ones that are asked again, the most frequent
+_DEEP = 100  # answers that are looked at
 
 
 def pending_rows(
@@ -29,12 +31,14 @@ def pending_rows(
     new: View,
     *,
     traffic: Mapping[Any, float | int] | None,
+    queries: Embeddings | None,
     seed: int,
 ) -> NDArray[np.int64]:
     """Return the pending rows as positions in ``sides.keys``, those that pay most first.
 
-    ``"traffic"``: by how often their ids were asked for or returned, ``{id: count}``; then, of
-    those that never were, what is like those that were. ``"bridge_error"``: by how far the bridge
+    ``"traffic"``: by how often their ids were asked for or returned, ``{id: count}``, or by how
+    high they stand in what ``queries`` find now; then, of those that never do, what is like those
+    that do. ``"bridge_error"``: by how far the bridge
     is expected to miss them, which is the mean miss of the ten nearest rows that are done.
     ``"random"``: by seed.
     """
@@ -44,19 +48,23 @@ def pending_rows(
     if order == "random" or not len(pending):
         return shuffled
     if order == "traffic":
+        traffic = found_by(upgrading, queries) if queries is not None else traffic
         return shuffled[_by_traffic(sides, old, shuffled, traffic or {})]
     worth = _expected_misses(upgrading, sides, old, new, shuffled)
     return shuffled[np.argsort(-worth, kind="stable")]
 
 
-def check_order(order: str, traffic: Mapping[Any, float | int] | None) -> None:
+def check_order(
+    order: str, traffic: Mapping[Any, float | int] | None, queries: Embeddings | None
+) -> None:
     """Raise `DataError` for an order that does not exist, or lacks what it goes by."""
     if order not in ORDERS:
         raise DataError(f"order {order!r} is not one of {', '.join(ORDERS)}.")
-    if (order == "traffic") != (traffic is not None):
+    n_given = (traffic is not None) + (queries is not None)
+    if n_given != (order == "traffic"):
         raise DataError(
-            "the order traffic and the counts that it goes by, {id: count}, belong together: give "
-            "both, or neither."
+            "the order traffic goes by queries, or by counts, {id: count}: give it one of the two, "
+            "and other orders none."
         )
     for id_, count in (traffic or {}).items():
         if not 0 <= count < np.inf:
@@ -69,6 +77,21 @@ def count_ids(ids: Iterable[Any]) -> dict[Any, float]:
     for one in ids:
         counts[one] = counts.get(one, 0) + 1
     return counts
+
+
+def found_by(upgrading: Upgrading, queries: Embeddings) -> dict[Any, float]:
+    """Return what rows are worth to a log of queries: 1 / their place, as often as it is asked.
+
+    Only what stands high can be displaced, or become an answer, when its true vector comes.
+    """
+    distinct, counts = np.unique(queries.array, axis=0, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:_MOST_QUERIES]
+    hits = upgrading.index.search(Embeddings(distinct[most], queries.space), _DEEP)
+    worth: dict[Any, float] = {}
+    for ids, count in zip(hits.ids.tolist(), counts[most].tolist(), strict=True):
+        for place, one in enumerate(ids, 1):
+            worth[one] = worth.get(one, 0) + count / place
+    return worth
 
 
 def _by_traffic(

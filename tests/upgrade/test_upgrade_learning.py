@@ -1,0 +1,190 @@
+"""While rows are re-embedded the bridge is learned again, and the better one stays."""
+
+import numpy as np
+import pytest
+
+import nestvec as nv
+from nestvec._checks import normalise
+from nestvec.errors import FileFormatError
+from nestvec.maps import ProcrustesBridge
+from nestvec.search.index import Index
+from nestvec.search.transition import State
+from nestvec.upgrade import Upgrade
+
+N, LATENT = 1300, 24
+OLD, NEW = nv.Space.declared("before", dim=24), nv.Space.declared("after", dim=32)
+
+
+def world():
+    """Rows and queries by two models, of which one is nearly a rotation of the other."""
+    rng = np.random.default_rng(0)
+    meaning = rng.normal(size=(N + 3000, LATENT))
+    sides = []
+    for space in (OLD, NEW):
+        turned = np.linalg.qr(rng.normal(size=(space.dim, LATENT)))[0].T
+        rows = (meaning * rng.uniform(0.5, 1.5, LATENT)) @ turned
+        rows += 0.15 * rng.normal(size=rows.shape)
+        sides.append(nv.Embeddings(normalise(rows.astype(np.float32)), space, range(len(rows))))
+    return sides
+
+
+OLDS, NEWS = world()
+DOCS, QUERIES = NEWS[:N], nv.Embeddings(NEWS.array[N : N + 100], NEW)
+
+
+@pytest.fixture
+def index(tmp_path):
+    return Index.create(tmp_path / "x.nest", OLDS[:N], durability="process")
+
+
+@pytest.fixture
+def upgrade(index):
+    """Bridged by 60 pairs."""
+    return Upgrade.start(index, DOCS[np.arange(0, 600, 10)])
+
+
+def fits(upgrade):
+    return upgrade.index._upgrading().state.fit
+
+
+def bridged_recall(upgrade, bridge):
+    """Of the ten that the new model finds among rows that no bridge has seen."""
+    rows = np.arange(N + 500, N + 3000)
+    true = np.argsort(-(QUERIES.array @ NEWS.array[rows].T), axis=1)[:, :10]
+    found = np.argsort(-(bridge.transform(QUERIES).array @ OLDS.array[rows].T), axis=1)[:, :10]
+    return np.mean([len({*a} & {*b}) for a, b in zip(true, found, strict=True)]) / 10
+
+
+def assert_scores(upgrade):
+    """Each row by its rule, one scale for all: by the bridge and the sample that are in use."""
+    state = upgrade.index._upgrading()
+    bridge, known, slope = upgrade.bridge, state.known, upgrade.calibration.slope
+    done = done_ids(upgrade)
+    hits = upgrade.index.search(QUERIES, 10)
+    turned = bridge.transform(QUERIES).array
+    for query, old_query, found in zip(QUERIES.array, turned, hits, strict=True):
+        best = [
+            np.sort(rows @ one)[-20:].mean()
+            for rows, one in ((known.new, query), (known.old, old_query))
+        ]
+        offset = best[0] - slope * best[1]
+        score = np.where(
+            np.isin(np.arange(N), list(done)),
+            DOCS.array @ query,
+            slope * (OLDS.array[:N] @ old_query) + offset,
+        )
+        np.testing.assert_allclose([s for _, s in found], np.sort(score)[::-1][:10], atol=1e-5)
+
+
+def done_ids(upgrade):
+    new = upgrade.index._upgrading().new
+    new._refreshed()
+    snapshot = new._store.snapshot
+    return set(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
+
+
+def test_twice_the_rows_make_a_better_bridge_for_all_who_search(index, upgrade):
+    reader = Index.open(index.path)
+    first, few = upgrade.bridge, reader.search(QUERIES, 10).scores
+    upgrade.backfill(DOCS, max_rows=439)
+    assert (upgrade.status().pairs, fits(upgrade)) == (60, 0)  # 499 are done
+    upgrade.backfill(DOCS, max_rows=1)
+    assert (upgrade.status().pairs, fits(upgrade)) == (500, 1)
+    assert upgrade.calibration.n == 100 * 20  # by the fifth that was held out of it
+    assert bridged_recall(upgrade, upgrade.bridge) > bridged_recall(upgrade, first) + 0.05
+    assert_scores(upgrade)
+    hits = reader.search(QUERIES, 10)
+    assert not np.allclose(hits.scores, few)
+    np.testing.assert_array_equal(hits.scores, index.search(QUERIES, 10).scores)
+    names = {path.name for path in (index.path / "upgrade").iterdir()}
+    assert names == {
+        "backfill.json",
+        "bridge-1",
+        "lock",
+        "new",
+        "sample-1.safetensors",
+        "upgrade.json",
+    }
+    upgrade.backfill(DOCS, max_rows=600)
+    assert upgrade.status().pairs == 1000
+    assert_scores(upgrade)
+    upgrade.backfill(DOCS)
+    assert upgrade.status().pairs == 1000  # nothing is found through it any more
+    upgrade.finish()
+    assert index.space.space_id == NEW.space_id
+
+
+def test_a_rollback_knows_nothing_of_it(index, upgrade):
+    asked = OLDS[np.arange(N, N + 50)]
+    before = index.search(asked, 10)
+    upgrade.backfill(DOCS, max_rows=500)
+    assert fits(upgrade) == 1
+    upgrade.rollback()
+    after = index.search(asked, 10)
+    np.testing.assert_array_equal(before.ids, after.ids)
+    np.testing.assert_array_equal(before.scores, after.scores)
+    assert not (index.path / "upgrade").exists()
+
+
+def test_a_bridge_that_is_the_better_one_stays(index):
+    rows = np.arange(N, N + 3000)
+    known = ProcrustesBridge().fit(NEWS[rows], OLDS[rows])
+    upgrade = Upgrade.start(index, DOCS[np.arange(0, 600, 10)], bridge=known)
+    upgrade.backfill(DOCS, max_rows=500)
+    assert (upgrade.status().pairs, fits(upgrade)) == (500, 0)
+    np.testing.assert_array_equal(
+        upgrade.bridge.transform(QUERIES).array, known.transform(QUERIES).array
+    )
+
+
+def test_it_is_left_if_told(upgrade):
+    upgrade.backfill(DOCS, max_rows=700, learn=False)
+    assert (upgrade.status().pairs, fits(upgrade)) == (60, 0)
+
+
+def test_rows_whose_old_vector_the_bridge_made_teach_it_nothing(index, upgrade):
+    index.upsert(DOCS[np.arange(600, 1200)])
+    assert upgrade.status().bridged == 600
+    upgrade.backfill(DOCS, max_rows=439)
+    assert fits(upgrade) == 0
+    upgrade.backfill(DOCS, max_rows=1)
+    assert (upgrade.status().pairs, fits(upgrade)) == (500, 1)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_before_it_is_in_use_the_old_one_serves_and_it_is_learned_again(
+    index, upgrade, monkeypatch
+):
+    def dies(self, file):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", dies)
+        with pytest.raises(Killed):
+            upgrade.backfill(DOCS, max_rows=440)
+    again = Upgrade.open(index.path)
+    assert (again.status().done, again.status().pairs, fits(again)) == (500, 60, 0)
+    assert_scores(again)
+    again.backfill(DOCS, max_rows=1)
+    assert (again.status().pairs, fits(again)) == (501, 1)
+    assert_scores(again)
+
+
+def test_who_opens_while_it_changes_takes_what_is_in_use(index, upgrade, monkeypatch):
+    stale = State.load(index.path / "upgrade/upgrade.json")
+    upgrade.backfill(DOCS, max_rows=440)
+    load, said = State.load, [stale]
+    monkeypatch.setattr(
+        State, "load", classmethod(lambda cls, file: said.pop() if said else load(file))
+    )
+    assert fits(Upgrade.open(index.path)) == 1
+    assert not said
+
+
+def test_a_bridge_that_is_gone_is_named(index, upgrade):
+    (index.path / "upgrade/bridge/map.safetensors").unlink()
+    with pytest.raises(FileFormatError, match=r"upgrade/bridge"):
+        Upgrade.open(index.path)
