@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from nestvec.corpus.images import read_images
 from nestvec.encoders.image_network import ImageNetwork, small_resnet
-from nestvec.encoders.wider import ChangedBasis, wider_linear
+from nestvec.encoders.wider import BalancedLinear, ChangedBasis, wider_linear
 from nestvec.measurement.bootstrap import resample
 from nestvec.train import (
     BackwardCompatible,
@@ -49,6 +49,7 @@ from nestvec.train import (
     StationaryClassifier,
     StationaryLabels,
 )
+from nestvec.train.compatible import OCA_PUBLISHED, OCA_USUAL
 
 NAME = "compatible"
 STEPS: dict[str, tuple[int, ...]] = {"cifar10": (5, 6, 8, 10), "omniglot": (68, 90, 113, 136)}
@@ -59,9 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 START, EXTRA = 128, 32  # size of the first model, and what each step adds
 SIZES = (32, 128, 160, 192, 224)  # those that fit are trained: a Matryoshka model at every step
 CAPACITY = 225  # corners of the simplex, of 224 dims: the size of the last model from the start
-# OCA as it is published, but for old vectors to aim at and logits that learn in few steps
-TUNED = {"vectors": 5.0, "scale": 16.0}
-FROM_OLD = ("bct", "oca", "oca_tuned", "bt2", "hoc")
+FROM_OLD = ("bct", "oca", "oca_usual", "bt2", "hoc")  # OCA as published, and as nestvec trains it
 METHODS = ("independent", *FROM_OLD[:-1], "simplex", "hoc")
 NAMES = {"simplex": "d_simplex", "hoc": "d_simplex_hoc"}
 N_TEST, N_TRAIN = 4000, None
@@ -210,7 +209,10 @@ def build(
         if method == "bct":
             objective = BackwardCompatible(own, classes)
         else:
-            options = TUNED if method == "oca_tuned" else {}
+            options = dict(OCA_PUBLISHED if method == "oca" else OCA_USUAL)
+            balance = options.pop("balance")
+            if balance is not None:
+                head = BalancedLinear(resnet.dim, old[0].shape[1], out, balance=balance)
             objective = OrthogonalCompatible(own, classes, **options)
     return ImageNetwork(resnet.backbone, dim=out, head=head), objective, more
 

@@ -7,7 +7,13 @@ torch = pytest.importorskip("torch", reason="nestvec[fit]")
 
 from torch.nn import functional as F  # noqa: E402  # behind importorskip
 
-from nestvec.encoders.wider import ChangedBasis, wider_linear  # noqa: E402
+from nestvec.encoders.wider import (  # noqa: E402
+    BalancedLinear,
+    ChangedBasis,
+    describe_head,
+    head_from,
+    wider_linear,
+)
 from nestvec.errors import DataError, DimensionError  # noqa: E402
 from nestvec.train import (  # noqa: E402
     BackwardCompatible,
@@ -281,6 +287,28 @@ def test_a_wider_map_starts_as_a_copy():
     layer, x = wider_linear(5, 8), rows(5).detach()
     torch.testing.assert_close(layer(x)[:, :5], x)
     assert layer(x)[:, 5:].abs().max() > 0.1
+
+
+def test_a_balanced_map_weighs_what_is_old_and_what_is_new():
+    torch.manual_seed(0)
+    layer, x = BalancedLinear(12, OLD, 9, balance=1.5), rows(12).detach()
+    made = layer(x).detach().numpy()
+    old, new = unit(made[:, :OLD]), unit(made[:, OLD:])
+    np.testing.assert_allclose(np.linalg.norm(made[:, :OLD], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(made[:, OLD:], axis=1), 1.5, rtol=1e-5)
+    cosines = unit(made) @ unit(made).T
+    np.testing.assert_allclose(cosines, (old @ old.T + 2.25 * new @ new.T) / 3.25, atol=1e-6)
+    again = head_from(describe_head(layer))
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"old_dim": 9}, {"old_dim": 0}, {"old_dim": 4, "balance": 0}], ids=str
+)
+def test_a_balanced_map_needs_both_parts(sizes):
+    with pytest.raises(DimensionError, match="do not fit"):
+        BalancedLinear(12, out_dim=9, **{"balance": 1.0, **sizes})
 
 
 # --- pairs ----------------------------------------------------------------------------------------

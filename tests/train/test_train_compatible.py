@@ -29,6 +29,7 @@ from nestvec.errors import (  # noqa: E402
 )
 from nestvec.train import (  # noqa: E402
     OCA_CONFIGURED,
+    OCA_PUBLISHED,
     InfoNCE,
     Settings,
     StationaryClassifier,
@@ -37,6 +38,7 @@ from nestvec.train import (  # noqa: E402
     train_text,
     widened,
 )
+from nestvec.train.pixels import embed_images  # noqa: E402
 from nestvec.train.trainer import ModuleTrainer  # noqa: E402
 from nestvec.upgrade import compatible_prefix  # noqa: E402
 
@@ -129,6 +131,38 @@ def test_new_queries_find_their_class_in_the_old_gallery(stripes, old, tmp_path,
         assert names == ("n", "e", "s", "w")
         logits = head(torch.from_numpy(new.array))[size]
         assert (logits.argmax(dim=1).numpy() == stripes.labels).mean() > 0.9
+
+
+def test_oca_holds_both_parts_at_a_length_unless_it_is_to_be_as_published(stripes, old, tmp_path):
+    settings = Settings(batch_size=16, max_steps=3)
+    lengths = []
+    for name, options in (("usual", None), ("plain", OCA_PUBLISHED), ("own", {"balance": 3})):
+        done = train_image(
+            flat(),
+            stripes,
+            tmp_path / name,
+            compatible_with=old,
+            compatible_options=options,
+            extra_dims=4,
+            settings=settings,
+        )
+        network, preprocessing, _ = load_image_model(done.folder, backbone=Flat())
+        found = embed_images(network, preprocessing, stripes, np.arange(9), 9)
+        lengths.append(found[:, 16:].norm(dim=1) / found[:, :16].norm(dim=1))
+    usual, plain, own = lengths
+    torch.testing.assert_close(usual, torch.full((9,), 1.4))
+    torch.testing.assert_close(own, torch.full((9,), 3.0))
+    assert plain.std() > 0.01
+    with pytest.raises(TrainingError, match=r"compatible_by was .*scale=16"):
+        train_image(
+            flat(),
+            stripes,
+            tmp_path / "usual",
+            compatible_with=old,
+            compatible_options={"scale": 1},
+            extra_dims=4,
+            settings=settings,
+        )
 
 
 def test_a_model_that_was_trained_further_makes_no_claim(stripes, old, tmp_path):

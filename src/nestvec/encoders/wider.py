@@ -1,4 +1,4 @@
-"""What follows a backbone whose rows have to hold an older model's: a wider map, a change of basis.
+"""What follows a backbone whose rows are to hold an older model's: wider maps, a change of basis.
 
 Both are part of the model that is served, so they are saved in its folder.
 """
@@ -110,6 +110,58 @@ class ChangedBasis(nn.Module):
         }
 
 
+class BalancedLinear(nn.Module):
+    """A linear map whose rows are an older model's numbers at length 1, and new ones at another.
+
+    How much the two parts weigh in the cosine of whole rows is then no accident of training: it is
+    ``(cos_old + balance**2 * cos_new) / (1 + balance**2)``. The prefix alone is searched as ever.
+
+    Parameters
+    ----------
+    in_dim
+        Size of the backbone's rows.
+    old_dim
+        Size of the old model.
+    out_dim
+        Size of the new one, larger.
+    balance
+        Length of the new part. 1.4 gives it two thirds.
+    """
+
+    def __init__(self, in_dim: int, old_dim: int, out_dim: int, *, balance: float | int) -> None:
+        super().__init__()
+        if not 0 < old_dim < out_dim or not balance > 0:
+            raise DimensionError(
+                f"{out_dim} dims, of which {old_dim} are the old model's and the others have "
+                f"length {balance:g}, do not fit: there are others, and their length is above 0."
+            )
+        self.in_dim, self.old_dim, self.balance = in_dim, old_dim, float(balance)
+        self.out_features = out_dim
+        self.linear = wider_linear(in_dim, out_dim)
+
+    def extra_repr(self) -> str:
+        return f"old {self.old_dim} at length 1, the others at {self.balance:g}"
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return (n, out_dim) for the backbone's rows (n, in_dim)."""
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = self.linear(rows.to(self.linear.weight.dtype))
+            old, new = (
+                F.normalize(part, dim=-1)
+                for part in (rows[:, : self.old_dim], rows[:, self.old_dim :])
+            )
+            return torch.cat([old, self.balance * new], dim=-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what makes one of the same sizes."""
+        return {
+            "in_dim": self.in_dim,
+            "old_dim": self.old_dim,
+            "out_dim": self.out_features,
+            "balance": self.balance,
+        }
+
+
 def wider_linear(in_dim: int, out_dim: int) -> nn.Linear:
     """Return a linear map whose rows are orthonormal as far as they can be: it starts as a copy.
 
@@ -128,11 +180,13 @@ def describe_head(head: nn.Module) -> dict[str, Any]:
     """Return what `head_from` makes a head of the same sizes from; else a `ModelError`."""
     if isinstance(head, ChangedBasis):
         return {"kind": "changed_basis", **head.settings()}
+    if isinstance(head, BalancedLinear):
+        return {"kind": "balanced_linear", **head.settings()}
     if isinstance(head, nn.Linear) and head.bias is None:
         return {"kind": "linear", "in_dim": head.in_features, "out_dim": head.out_features}
     raise ModelError(
-        f"a head of type {type(head).__name__} cannot be saved: a ChangedBasis can, and a Linear "
-        f"without bias. Make it a part of the backbone."
+        f"a head of type {type(head).__name__} cannot be saved: a ChangedBasis can, a "
+        f"BalancedLinear, and a Linear without bias. Make it a part of the backbone."
     )
 
 
@@ -141,6 +195,8 @@ def head_from(about: dict[str, Any]) -> nn.Module:
     settings = {key: value for key, value in about.items() if key != "kind"}
     if about["kind"] == "linear":
         return wider_linear(**settings)
+    if about["kind"] == "balanced_linear":
+        return BalancedLinear(**settings)
     if about["kind"] == "changed_basis":
         return ChangedBasis(**settings).fixed()
     raise ModelError(f"a head of kind {about['kind']!r} is not known here. Upgrade nestvec.")

@@ -13,6 +13,7 @@ require("torch", extra="fit", why="nestvec.train")
 from nestvec.train.chunked import encode_in_chunks  # noqa: E402  # a missing torch is said first
 from nestvec.train.compatible import (  # noqa: E402  # likewise
     OCA_CONFIGURED,
+    OCA_PUBLISHED,
     BackwardCompatible,
     BasisTransformation,
     BlockOrthogonal,
@@ -100,6 +101,7 @@ _HOME = {
 __all__ = [
     "ESE",
     "OCA_CONFIGURED",
+    "OCA_PUBLISHED",
     "BackwardCompatible",
     "BasisTransformation",
     "BlockLayerNorm",

@@ -10,6 +10,7 @@ the old model that are asked for, so that an old gallery that was cut is met, to
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,11 @@ Lambdas = tuple[float | int, ...]
 
 #: Weights of OCA's three terms as its configuration has them; its code uses 5, 10 and 5.
 OCA_CONFIGURED = (1.0, 10.0, 5.0)
+
+#: OCA as it was published, for ``compatible_options``: `train_image` has larger logits, aims at old
+#: vectors, too, and holds both parts of a row at a length.
+OCA_PUBLISHED: dict[str, Any] = {"scale": 1.0, "vectors": 0.0, "balance": None}
+OCA_USUAL: dict[str, Any] = {"scale": 16.0, "vectors": 5.0, "balance": 1.4}
 
 
 class OldClasses(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from nestvec.corpus.images import Images
 from nestvec.encoders.image_network import ImageNetwork
-from nestvec.encoders.wider import ChangedBasis, wider_linear
+from nestvec.encoders.wider import BalancedLinear, ChangedBasis, wider_linear
 from nestvec.errors import DataError, DimensionError
 from nestvec.space import Embeddings, Space, halving, parse_dims
 from nestvec.train.compatible import (
+    OCA_USUAL,
     BackwardCompatible,
     BasisTransformation,
     OldClasses,
@@ -98,12 +99,18 @@ def compatible_sizes(full: int, dims: Iterable[int] | str | None, old: OldModel)
     return tuple(sorted({*asked, *old.dims, full}))
 
 
+def options_of(method: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a method's options, and of those that were not given the usual ones."""
+    return (OCA_USUAL if method == "oca" else {}) | dict(given or {})
+
+
 def fitting_network(
     network: ImageNetwork,
     method: str,
     old: OldModel | None,
     extra: int,
     corners: StationaryClassifier | None,
+    balance: float | int | None = None,
 ) -> ImageNetwork:
     """Return the network with a last layer that makes rows of the size that the method asks for."""
     if network.head is not None:
@@ -119,6 +126,8 @@ def fitting_network(
         size = old.space.size
         if method == "bt2":
             head = ChangedBasis(network.dim, size, size, extra=extra)
+        elif balance is not None:
+            head = BalancedLinear(network.dim, size, size + extra, balance=balance)
         else:
             head = wider_linear(network.dim, size if method == "bct" else size + extra)
     return ImageNetwork(network.backbone, dim=_rows_of(head), head=head)

@@ -33,6 +33,7 @@ from nestvec.train.compatible_image import (
     compatible_sizes,
     fitting_network,
     old_model,
+    options_of,
     served,
     served_head,
     stationary,
@@ -225,7 +226,9 @@ def train_image(
     extra_dims
         What OCA and BT2 add to the old size, for what is new.
     compatible_options
-        Further keyword arguments of the objective: ``{"lambdas": (1, 10, 5)}``.
+        Further keyword arguments of the objective: ``{"lambdas": (1, 10, 5)}``; of OCA also
+        ``"balance"``, the length of what is new beside the prefix (`nestvec.encoders.wider`, None
+        for a plain linear layer). `nestvec.train.OCA_PUBLISHED` is OCA as it was published.
     capacity
         Of ``objective="simplex"``: classes there will ever be. The model's size is one less.
     settings
@@ -273,8 +276,10 @@ def train_image(
     network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
     old = None if compatible_with is None else old_model(compatible_with, images)
     corners = stationary(objective, capacity, old, compatible, settings.seed)
+    options = options_of("" if old is None else compatible, compatible_options)
     if stretched:
-        network = fitting_network(network, compatible, old, extra_dims, corners)
+        balance = options.pop("balance", None)
+        network = fitting_network(network, compatible, old, extra_dims, corners, balance)
     before = image_fingerprint(network, preprocessing)
     if old is not None:
         dims = compatible_sizes(network.dim, dims, old)
@@ -291,7 +296,7 @@ def train_image(
             labels=labels,
             corners=corners,
             weights=weights,
-            options=dict(compatible_options or {}),
+            options=options,
         )
     elif objective == "cross_entropy":
         head = NestedClassifier(sizes, len(names), tied=tied)
