@@ -5,8 +5,8 @@
 
 An index of a weaker model's vectors is upgraded to a better one by `nestvec.upgrade.Upgrade`: a
 bridge from a tenth of the rows, then rows are re-embedded in steps of 10%, in each order; the
-bridge is learned again on the way, but for "traffic, first bridge". After each step the new model's
-queries search the index as it is. Three figures:
+bridge is learned again on the way, but where "first bridge" is said. After each step the new
+model's queries search the index as it is. Three figures:
 
 * nDCG@10, all queries of the test split alike;
 * nDCG@10 by traffic: queries are asked with a frequency of 1/rank, in an order drawn by seed, and
@@ -41,7 +41,13 @@ NAME = "backfill"
 QUESTION = "How good is a gallery that is partly upgraded, in each order?"
 STEPS = 10
 LOGGED = 2000  # queries
-WAYS = ("queries", "traffic", "traffic, first bridge", *ORDERS[1:])
+FIRST = ", first bridge"  # it stays
+WAYS = (
+    "queries",
+    "traffic",
+    *ORDERS[1:],
+    *(f"{one}{FIRST}" for one in ("queries", "traffic", "random")),
+)
 K = 10
 METRICS = ("nDCG@10", "nDCG@10 by traffic", "recall@10")
 
@@ -116,10 +122,10 @@ class Upgraded:
                 "queries": nv.Embeddings(self.asks.array[logged], self.asks.space),
             },
             "traffic": {"order": "traffic", "traffic": traffic},
-            "traffic, first bridge": {"order": "traffic", "traffic": traffic, "learn": False},
         }
         found = {}
         for order in WAYS:
+            by = order.removesuffix(FIRST)
             upgrade = Upgrade.open(self._copy(order))
             steps = [at_0]
             n = upgrade.status().rows
@@ -129,7 +135,8 @@ class Upgraded:
                 if more > 0:
                     upgrade.backfill(
                         self.case.new["docs"],
-                        **given.get(order, {"order": order}),
+                        **given.get(by, {"order": by}),
+                        learn=not order.endswith(FIRST),
                         max_rows=more,
                         seed=self.seed,
                     )

@@ -4,8 +4,9 @@
 
 all-MiniLM-L6-v2 is adapted to the scored pairs of STS-B's train split (CoSENT), every method with
 the same steps, batch and alpha. Each method, and each rank of the separate LoRAs, has the learning
-rate that is best on the dev split with seed 0; the table is of the test split. Trainings run one
-after the other, and their seconds are those of `train_text`, beginning after a short warm-up.
+rate that is best on the dev split with seed 0; the table is of the test split. Of a seed, trainings
+run one after the other, and their seconds are those of `train_text`, beginning after a short
+warm-up: compare them within a seed.
 
 - dylora: one training of rank 16, evaluated at ranks 1, 2, 4, 8, 16; it draws any rank to 16
 - dylora_named: the same, but these five are all that is drawn

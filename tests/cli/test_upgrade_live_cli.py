@@ -70,7 +70,7 @@ def test_an_upgrade_from_beginning_to_end(folder):
     assert "--drop-pending deletes them" in refused
     words = ["upgrade", "backfill", index, "--vectors", new, "--queries"]
     done = told(*words, folder / "asks-new.npz", "--max-rows", 10, "--no-learn")
-    assert (done["embedded"], done["order"], done["pairs"]) == (10, "traffic", 60)
+    assert (done["embedded"], done["order"], done["pairs"]) == (10, "traffic", 48)
     assert "two spaces" in run(*words, folder / "asks-old.npz", code=2).stderr
     assert (
         "one of the two"

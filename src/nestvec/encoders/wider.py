@@ -1,6 +1,6 @@
 """What follows a backbone whose rows are to hold an older model's: wider maps, a change of basis.
 
-Both are part of the model that is served, so they are saved in its folder.
+They are part of the model that is served, so they are saved in its folder.
 """
 
 from __future__ import annotations

@@ -663,7 +663,11 @@ class Index:
             from nestvec.search.upgrading import Upgrading
 
             with self._lock:
-                self._upgrade = stamp, None if stamp is None else Upgrading.open(self)
+                stamp = durable.signature(self.path / STATE)
+                if stamp != self._upgrade[0]:  # no other thread was here first
+                    before = self._upgrade[1]
+                    found = None if stamp is None else Upgrading.open(self, before)
+                    self._upgrade = stamp, found
         found = self._upgrade[1]
         return found if found is not None and found.is_of(self._store) else None
 

@@ -33,6 +33,7 @@ from nestvec._atomic import sync_folder
 from nestvec._extras import require
 from nestvec.errors import FileFormatError, SpaceError
 from nestvec.search.store import Store
+from nestvec.search.store.layout import STAMP
 from nestvec.space import Space
 
 pa = require("pyarrow", extra="index", why="an index")
@@ -122,7 +123,7 @@ class State:
 
     ``home`` is the folder of the index that is being left, ``column`` what is embedded of a row,
     ``fit`` which bridge is in use (`bridge_names`), ``pairs`` how many it was learned from, or
-    compared on when it stayed.
+    another that was no better.
     """
 
     home: str
@@ -189,7 +190,8 @@ def tidy(store: Store) -> bool:
     if home != root:
         left = [root / name for name in (*INDEX_FILES, "lock") if (root / name).exists()]
     old = [path for path in root.glob("home-*") if path != home]
-    scratch = [path for name in (".home-*", f".{FOLDER}.*") for path in root.glob(name)]
+    names = (".home-*", f".{FOLDER}.*", f".{STAMP}.*")
+    scratch = [path for name in names for path in root.glob(name)]
     if not under_way and folder.is_dir():
         (root / STATE).unlink(missing_ok=True)
         sync_folder(folder)

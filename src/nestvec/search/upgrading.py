@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nestvec.errors import NestvecError
+from nestvec.errors import FileFormatError, NestvecError
 from nestvec.maps.base import FittedMap, load_map
 from nestvec.search import engine
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.index import Index
 from nestvec.search.sealed import Damaged
-from nestvec.search.store import Batch, Keys, Snapshot, Store, Written
+from nestvec.search.store import Batch, Keys, Snapshot, Store, Written, durable
 from nestvec.search.store.incoming import batches_of
+from nestvec.search.store.layout import STAMP
 from nestvec.search.transition import (
     FOLDER,
     KEYS,
@@ -62,25 +63,35 @@ class Upgrading:
     """An upgrade that is under way; made by `Index`, which hands it what is of the new Space."""
 
     def __init__(
-        self, index: Index, state: State, bridge: FittedMap, known: Yardstick, new: Index
+        self,
+        index: Index,
+        state: State,
+        bridge: FittedMap,
+        known: Yardstick,
+        new: Index,
+        stamp: Any,
     ) -> None:
         self.index = index
         self.state = state
         self.bridge = bridge
         self.known = known
         self.new = new
+        self.stamp = stamp  # of the folder of the new index, which is another in each upgrade
         self._lock = threading.Lock()
         self._sides: tuple[View, View, Sides] | None = None
         self._old_keys: tuple[Snapshot, Keys] | None = None
         self._new_keys: dict[Any, tuple[NDArray[np.int64], ...]] = {}
 
     @classmethod
-    def open(cls, index: Index) -> Upgrading | None:
-        """Open what ``upgrade.json`` stands for; None if it has just gone."""
+    def open(cls, index: Index, before: Upgrading | None = None) -> Upgrading | None:
+        """Open what ``upgrade.json`` stands for; None if it has just gone.
+
+        What ``before`` has of the same upgrade, all but its bridge, need not be read again.
+        """
         folder = index.path / FOLDER
         state = None
         while True:
-            before = state
+            earlier = state
             try:
                 state = State.load(index.path / STATE)
             except FileNotFoundError:
@@ -88,14 +99,24 @@ class Upgrading:
             bridge_name, known_name = (folder / name for name in bridge_names(state.fit))
             try:
                 bridge, known = load_map(bridge_name), Yardstick.load(known_name)
-            except NestvecError:
-                if before == state:
-                    raise
-                continue  # a better bridge may have taken its place meanwhile
+            except NestvecError as error:
+                if earlier != state:
+                    continue  # a better bridge may have taken its place meanwhile
+                raise FileFormatError(
+                    f"the bridge of the upgrade cannot be read ({error}). Restore {bridge_name} "
+                    f"and {known_name} from a backup, or remove {folder}, which takes the upgrade "
+                    f"back; the index is whole."
+                ) from error
             break
+        stamp = durable.signature(folder / NEW / STAMP)
+        if before is not None and before.stamp == stamp:
+            found = cls(index, state, bridge, known, before.new, stamp)
+            found._sides, found._old_keys = before._sides, before._old_keys
+            found._new_keys = before._new_keys
+            return found
         durability = index._store.durability
         new = Index.open(folder / NEW, durability=durability, show_progress=index.show_progress)
-        return cls(index, state, bridge, known, new)
+        return cls(index, state, bridge, known, new, stamp)
 
     @property
     def space(self) -> Space:

@@ -217,7 +217,7 @@ class OrthogonalCompatible(nn.Module):
         return loss + self.vectors * _apart(rows, _given(old), self.classes.dims)
 
     def plain_head(self) -> NestedClassifier:
-        """Return classifiers of the rows as they are served: what Q does is in their weights."""
+        """Return classifiers of the rows as they are served, with Q and the scale in them."""
         head = self.head
         made = NestedClassifier(head.dims, head.n_classes, tied=head.tied, normalise=head.normalise)
         made.load_state_dict(head.state_dict())
@@ -227,7 +227,8 @@ class OrthogonalCompatible(nn.Module):
             for layer in made.heads:
                 assert isinstance(layer, nn.Linear)
                 size = layer.in_features
-                layer.weight.copy_(layer.weight @ turn[:size, :size])
+                layer.weight.copy_(self.scale * layer.weight @ turn[:size, :size])
+                layer.bias.mul_(self.scale)
         return made
 
 

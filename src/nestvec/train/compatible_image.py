@@ -99,9 +99,16 @@ def compatible_sizes(full: int, dims: Iterable[int] | str | None, old: OldModel)
     return tuple(sorted({*asked, *old.dims, full}))
 
 
-def options_of(method: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a method's options, and of those that were not given the usual ones."""
-    return (OCA_USUAL if method == "oca" else {}) | dict(given or {})
+def options_of(
+    method: str, given: Mapping[str, Any] | None, extra: int
+) -> tuple[dict[str, Any], float | int | None]:
+    """Return a method's options, those that were not given the usual ones, and OCA's balance."""
+    options = dict(given or {})
+    if method != "oca":
+        return options, None
+    options = OCA_USUAL | options
+    balance = options.pop("balance")
+    return options, balance if extra else None  # with no room for what is new there is no balance
 
 
 def fitting_network(

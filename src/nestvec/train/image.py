@@ -276,9 +276,9 @@ def train_image(
     network, preprocessing, base = usable_network(network, preprocessing, size, images, train_rows)
     old = None if compatible_with is None else old_model(compatible_with, images)
     corners = stationary(objective, capacity, old, compatible, settings.seed)
-    options = options_of("" if old is None else compatible, compatible_options)
+    method = "" if old is None or corners is not None else compatible
+    options, balance = options_of(method, compatible_options, extra_dims)
     if stretched:
-        balance = options.pop("balance", None)
         network = fitting_network(network, compatible, old, extra_dims, corners, balance)
     before = image_fingerprint(network, preprocessing)
     if old is not None:

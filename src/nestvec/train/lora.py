@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Lora:
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, Sequence):
+            if not all(isinstance(rank, Integral) for rank in self.rank):
+                raise DataError(f"rank {self.rank!r}: give whole numbers, like (1, 2, 4, 8, 16).")
             object.__setattr__(self, "rank", tuple(sorted({int(rank) for rank in self.rank})))
             if not self.rank:
                 raise DataError("rank (): give the largest rank, or ranks, like (1, 2, 4, 8, 16).")
@@ -150,7 +153,7 @@ class NestedRanks(nn.Module):
         super().__init__()
         layers = lora_layers(model)
         self.largest = layers[0].r[ADAPTER]
-        self.ranks = tuple(range(1, self.largest + 1)) if ranks is None else tuple(sorted(ranks))
+        self.ranks = tuple(range(1, self.largest + 1)) if ranks is None else tuple(sorted({*ranks}))
         if not self.ranks or self.ranks[0] < 1 or self.ranks[-1] != self.largest:
             raise DimensionError(
                 f"ranks {self.ranks} do not fit LoRA layers of rank {self.largest}: give some from "

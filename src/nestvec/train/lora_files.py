@@ -88,7 +88,8 @@ def save_adapter(
     """Write what was trained; return how to use it, and what each rank is worth, for its card."""
     save_lora(folder, adapter.tuned, base=base, dims=dims)
     ranks = adapter.lora.ranks
-    some = f", rank={ranks[len(ranks) // 4]}" if len(ranks) > 1 else ""
+    smaller = max((one for one in ranks if one <= ranks[-1] // 4), default=ranks[0])
+    some = f", rank={smaller}" if len(ranks) > 1 else ""
     return f"""A LoRA of the base model: {said(ranks)}.
 
 ```python

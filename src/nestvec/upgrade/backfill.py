@@ -6,9 +6,10 @@ the version of the row that was embedded. So a backfill that was killed is begun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ def backfill(
         while max_rows is None or pieces.n < max_rows:
             old, new = upgrading.views()
             keys = upgrading.sides(old, new).keys
-            rows = pending_rows(
-                order, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
-            )
+            with pieces.not_counted():
+                rows = pending_rows(
+                    order, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
+                )
             if newest is not None:
                 rows = rows[keys.updated[rows] <= newest]
             if vectors.is_made and len(rows):
@@ -80,8 +82,9 @@ def backfill(
                     pieces.add(vectors(table), some)
             finally:  # also when it is interrupted: what is made is kept
                 pieces.flush()
-            if learn and learning.again(upgrading, seed=seed):
-                pieces.upgrading = upgrading = upgrading.index._upgrading() or upgrading
+            with pieces.not_counted():
+                if learn and learning.again(upgrading, seed=seed):
+                    pieces.upgrading = upgrading = upgrading.index._upgrading() or upgrading
         return pieces.n
 
 
@@ -102,6 +105,13 @@ class _Pieces:
         self.n = 0
         self.held: list[tuple[Embeddings, Keys]] = []
         self.started = self.flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Leave out of the pace what is no embedding; a rate would else be made up for at once."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
 
     def add(self, vectors: Embeddings, keys: Keys) -> None:
         self.held.append((vectors, keys))

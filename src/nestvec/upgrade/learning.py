@@ -1,13 +1,16 @@
 """Learn the bridge again while rows are re-embedded: each that is done is a pair more.
 
-The better of the two stays, by rows that were held out. What is in use is changed by one rename,
-that of ``upgrade.json``, which names it; whoever has the index open follows at the next search.
+The better of the two stays, by rows that neither was fitted on. What is in use is changed by one
+rename, that of ``upgrade.json``, which names it; whoever has the index open follows at the next
+search.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +18,9 @@ from numpy.typing import NDArray
 from nestvec._atomic import written_beside
 from nestvec.errors import DataError
 from nestvec.maps import guard as guards
+from nestvec.maps.alignment import row_hashes
 from nestvec.maps.base import FittedMap
-from nestvec.search.store import durable
-from nestvec.search.transition import FOLDER, STATE, bridge_names
+from nestvec.search.transition import FOLDER, STATE, State, bridge_names
 from nestvec.search.upgrading import Upgrading
 from nestvec.search.view import View
 from nestvec.space import Embeddings
@@ -25,30 +28,37 @@ from nestvec.upgrade.bridge import fit
 from nestvec.upgrade.calibration import calibrate
 from nestvec.upgrade.order import vectors_of
 
-_FEWEST = 500  # pairs; fewer say little of which bridge is the better one
-_MOST = 4000  # pairs; benchmarks/bridge.py finds little more in those beyond
-_HELD_OUT = 1000  # at most, and a fifth
+_FEWEST = 400  # pairs; of fewer, those that are held out say little of which is the better one
+_MOST = 3200  # pairs; benchmarks/bridge.py finds little more in those beyond
+_HELD_OUT = 0.2  # of the rows that are done
 _MEASURED = 2000  # rows that scores are put on one scale by
 
 
 def rows_until(upgrading: Upgrading, old: View, new: View) -> int:
     """Return how many more rows are to be done before the bridge is learned again, 1 or more."""
-    pairs = upgrading.state.pairs
-    if pairs >= _MOST:
+    if upgrading.state.pairs >= _MOST:
         return len(old)
-    return max(1, max(_FEWEST, 2 * pairs) - len(_pairs(upgrading, old, new)))
+    return max(1, _due_at(upgrading.state) - len(_with_two_vectors(upgrading, old, new)))
+
+
+def n_learned_from(bridge: Any) -> int:
+    """Return how many pairs a bridge was fitted on; 0 if it does not say."""
+    return len(getattr(bridge, "seen_", ()))
 
 
 def again(upgrading: Upgrading, *, seed: int) -> bool:
-    """Learn the bridge again if that is due, and use the better one; tell whether it was due."""
+    """Learn the bridge again if that is due, and use the better one; tell whether it was due.
+
+    Whoever calls this holds the lock of the upgrade, and ``upgrading`` is of its newest state.
+    """
     old, new = upgrading.views()
     sides = upgrading.sides(old, new)
     state = upgrading.state
-    done = _pairs(upgrading, old, new)
-    if state.pairs >= _MOST or len(done) < max(_FEWEST, 2 * state.pairs) or sides.is_done.all():
+    done = _with_two_vectors(upgrading, old, new)
+    if state.pairs >= _MOST or len(done) < _due_at(state) or sides.is_done.all():
         return False
     rng = np.random.default_rng(seed)
-    some = np.sort(rng.permutation(done)[:_MOST])
+    some = np.sort(rng.permutation(done)[: ceil(_MOST / (1 - _HELD_OUT))])
     ids = np.arange(len(some))
     places = np.flatnonzero(sides.is_done)[some]
     before, after = (
@@ -58,43 +68,47 @@ def again(upgrading: Upgrading, *, seed: int) -> bool:
             (new, sides.new_row[some], upgrading.space),
         )
     )
-    order = rng.permutation(ids)
-    n_out = min(len(ids) // 5, _HELD_OUT)
-    out, held_in = np.sort(order[:n_out]), np.sort(order[n_out:])
+    unseen = ~np.isin(row_hashes(after.array), getattr(upgrading.bridge, "seen_", ()))
+    out = np.sort(rng.permutation(ids[unseen])[: round(_HELD_OUT * len(ids))])
+    held_in = np.setdiff1d(ids, out)
     made = fit(old=before[held_in], new=after[held_in], sample_size=None, random_state=seed)
-    changed = replace(state, pairs=len(done))
-    known = None
+    changed, known = replace(state, pairs=len(held_in)), None
     if _better(made, upgrading.bridge, after[out], before[out]):
-        measured = np.sort(order[:_MEASURED])
+        measured = np.sort(rng.permutation(ids)[:_MEASURED])
         try:
             scale, known = calibrate(made, after[out], after[measured], before[measured])
-        except DataError:  # its scores cannot be merged with new ones
+        except DataError:  # its scores cannot be merged with new ones: the old one stays
             pass
         else:
             changed = replace(changed, calibration=scale, fit=state.fit + 1)
     folder = upgrading.index.path / FOLDER
     bridge_name, known_name = bridge_names(changed.fit)
-    with durable.storage_errors(folder):
-        if known is not None:
-            made.save(folder / bridge_name)
-            with written_beside(folder / known_name) as scratch:
-                known.save(scratch)
-        with written_beside(upgrading.index.path / STATE) as scratch:
-            changed.save(scratch)
-        if known is not None:
-            bridge_name, known_name = bridge_names(state.fit)
-            shutil.rmtree(folder / bridge_name, ignore_errors=True)
-            (folder / known_name).unlink(missing_ok=True)
+    if known is not None:
+        made.save(folder / bridge_name)
+        with written_beside(folder / known_name) as scratch:
+            known.save(scratch)
+    with written_beside(upgrading.index.path / STATE) as scratch:
+        changed.save(scratch)
+    for path in folder.iterdir():  # also what a kill has left
+        of_a_bridge = path.name.lstrip(".").startswith(("bridge", "sample"))
+        if of_a_bridge and path.name not in (bridge_name, known_name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     return True
 
 
-def _pairs(upgrading: Upgrading, old: View, new: View) -> NDArray[np.int64]:
+def _due_at(state: State) -> int:
+    """Return how many rows have to be done for a bridge of twice as many pairs."""
+    pairs = min(max(_FEWEST, 2 * state.pairs), _MOST)
+    return ceil(pairs / (1 - _HELD_OUT))
+
+
+def _with_two_vectors(upgrading: Upgrading, old: View, new: View) -> NDArray[np.int64]:
     """Return which done rows have two vectors, each by its own model."""
     return np.flatnonzero(~upgrading.sides(old, new).bridged)
 
 
 def _better(made: FittedMap, used: FittedMap, new: Embeddings, old: Embeddings) -> bool:
-    """Whether these rows find each other better through ``made``, which has learned from none."""
+    """Whether these rows find each other better through ``made``; neither has learned from them."""
     true = [guards.closeness(_others(rows @ rows.T)) for rows in (new.array, old.array)]
 
     def through(bridge: FittedMap) -> float:

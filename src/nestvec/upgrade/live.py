@@ -50,6 +50,7 @@ from nestvec.upgrade import finish as finishing
 from nestvec.upgrade.bridge import fit
 from nestvec.upgrade.calibration import calibrate
 from nestvec.upgrade.estimating import duration
+from nestvec.upgrade.learning import n_learned_from
 from nestvec.upgrade.order import check_order
 from nestvec.upgrade.sources import NewVectors, Source, check_column
 
@@ -66,7 +67,8 @@ class Status:
         Done rows that were written with new vectors during the upgrade: after a rollback their old
         vectors are what the bridge made.
     pairs
-        Rows that the bridge was last learned from, or compared on.
+        Pairs that the bridge was learned from, or another since that was no better; 0 if the
+        bridge does not say.
     running
         Whether a process works on it now.
     rows_per_second, seconds_left
@@ -199,7 +201,9 @@ class Upgrade:
             tidy(store)
             _check_none(found)
             begun = datetime.now(UTC).isoformat(timespec="seconds")
-            state = State(home_name(store), sample.space, scale, begun, column, len(sample))
+            state = State(
+                home_name(store), sample.space, scale, begun, column, n_learned_from(bridge)
+            )
             bridge_name, known_name = bridge_names(state.fit)
             with written_beside(found.path / FOLDER) as scratch:
                 scratch.mkdir()
@@ -293,8 +297,8 @@ class Upgrade:
             A log of queries, of the new Space, each as often as it was asked. They are asked again
             after each tenth of the rows, and what stands high in their answers comes first.
         learn
-            Learn the bridge again when twice as many rows are done (from 500, up to 4,000), and
-            take it where rows that were held out say that it is the better one.
+            Learn the bridge again when rows that are done make a bridge of twice as many pairs
+            (from 400, up to 3,200), and take it if rows that neither has learned from say so.
         rows_per_second
             At most as many.
         max_rows
@@ -317,15 +321,14 @@ class Upgrade:
         for name, value in (("rows_per_second", rows_per_second), ("max_rows", max_rows)):
             if value is not None and not value > 0:
                 raise DataError(f"{name} is {value}; more than 0, or None for no limit.")
-        upgrading = self._under_way()
-        if queries is not None:
-            upgrading.space.check_same(queries.space)
-        if column is None and not isinstance(source, Embeddings):
-            column = upgrading.state.column
-        vectors = NewVectors(source, column, upgrading.space, self.index.schema.names)
-        if batch_size is None:
-            batch_size = 8192 if vectors.is_made else 256
-        with self._alone():
+        with self._alone() as upgrading:
+            if queries is not None:
+                upgrading.space.check_same(queries.space)
+            if column is None and not isinstance(source, Embeddings):
+                column = upgrading.state.column
+            vectors = NewVectors(source, column, upgrading.space, self.index.schema.names)
+            if batch_size is None:
+                batch_size = 8192 if vectors.is_made else 256
             return filling.backfill(
                 upgrading,
                 vectors,
@@ -356,8 +359,7 @@ class Upgrade:
         DataError
             If rows are pending.
         """
-        upgrading = self._under_way()
-        with self._alone(), self.index._written() as store, store.locked():
+        with self._alone() as upgrading, self.index._written() as store, store.locked():
             n_rows = finishing.finish(
                 upgrading,
                 store,
@@ -384,8 +386,7 @@ class Upgrade:
         Returns the ids of rows that were written with new vectors meanwhile, (n,): they stay, and
         their old vectors are what the bridge made. Write them again with the old model.
         """
-        upgrading = self._under_way()
-        with self._alone(), self.index._written() as store, store.locked():
+        with self._alone() as upgrading, self.index._written() as store, store.locked():
             old, new = upgrading.views()
             sides = upgrading.sides(old, new)
             bridged = np.flatnonzero(sides.is_done)[sides.bridged]
@@ -410,8 +411,9 @@ class Upgrade:
         return found
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the lock of the upgrade, which ends with the process."""
+    def _alone(self) -> Iterator[Upgrading]:
+        """Hold the lock of the upgrade, which ends with the process; yield what it is then."""
+        self._under_way()
         try:
             handle = (self.index.path / FOLDER / LOCK).open("rb")
         except FileNotFoundError:
@@ -425,8 +427,7 @@ class Upgrade:
                     f"another process works on the upgrade of {self.index.path} (it backfills, "
                     f"finishes or rolls back). Wait for it, or stop it; a backfill loses nothing."
                 ) from error
-            self._under_way()  # it may have ended while the lock was sought
-            yield
+            yield self._under_way()  # it may have ended, or changed, while the lock was sought
 
     def _is_running(self) -> bool:
         try:
