@@ -13,7 +13,7 @@ from nestvec.maps import ProcrustesBridge
 from nestvec.maps.alignment import row_hashes
 from nestvec.search.index import Index
 from nestvec.search.transition import State
-from nestvec.upgrade import Upgrade, learning, live
+from nestvec.upgrade import Upgrade, backfill, learning, live
 
 N, LATENT = 1300, 24
 OLD, NEW = nv.Space.declared("before", dim=24), nv.Space.declared("after", dim=32)
@@ -171,19 +171,19 @@ def test_a_bridge_of_many_pairs_is_not_compared_with_one_of_few(index):
 
 
 def test_a_rate_is_not_made_up_for_after_a_while_of_learning(upgrade, monkeypatch):
-    again = learning.again
-
-    def slow(*args, **options):
-        done = again(*args, **options)
-        time.sleep(2.0 if done else 0.0)
-        return done
-
-    monkeypatch.setattr(learning, "again", slow)
     upgrade.backfill(DOCS, max_rows=400)
-    began = time.monotonic()
+    ends, add = [], backfill._Pieces.add
+
+    def noted(self, vectors, keys):
+        add(self, vectors, keys)
+        ends.append(time.monotonic())
+
+    monkeypatch.setattr(backfill._Pieces, "add", noted)
     upgrade.backfill(DOCS, max_rows=120, rows_per_second=100, batch_size=10)
-    assert time.monotonic() - began > 1.1 + 2.0
     assert fits(upgrade) == 1
+    assert len(ends) == 12
+    assert ends[4] - ends[3] > 0.2  # it learned after 40 rows
+    assert ends[11] - ends[4] > 0.6
 
 
 def test_two_backfills_in_turn_know_of_each_other(index, upgrade, monkeypatch):
