@@ -1,5 +1,6 @@
 """While rows are re-embedded the bridge is learned again, and the better one stays."""
 
+import fcntl
 import threading
 import time
 
@@ -10,10 +11,10 @@ import nestvec as nv
 from nestvec._checks import normalise
 from nestvec.errors import FileFormatError
 from nestvec.maps import ProcrustesBridge
-from nestvec.maps.alignment import row_hashes
+from nestvec.maps.alignment import Bridge, row_hashes
 from nestvec.search.index import Index
 from nestvec.search.transition import State
-from nestvec.upgrade import Upgrade, backfill, learning, live
+from nestvec.upgrade import Upgrade, backfill, learning
 
 N, LATENT = 1300, 24
 OLD, NEW = nv.Space.declared("before", dim=24), nv.Space.declared("after", dim=32)
@@ -49,6 +50,12 @@ def upgrade(index):
 
 def fits(upgrade):
     return upgrade.index._upgrading().state.fit
+
+
+def seen(upgrade):
+    """Hashes of the rows that the bridge in use has learned from."""
+    assert isinstance(upgrade.bridge, Bridge)
+    return upgrade.bridge.seen_
 
 
 def bridged_recall(upgrade, bridge):
@@ -153,13 +160,13 @@ def test_rows_that_a_bridge_has_learned_from_do_not_speak_for_it(index, monkeypa
     spared = []
     better = learning._better
     monkeypatch.setattr(learning, "_better", lambda *of: spared.append(of[2].array) or better(*of))
-    learned = upgrade.bridge.seen_
+    learned = seen(upgrade)
     upgrade.backfill(DOCS, max_rows=300)
     assert (len(learned), upgrade.status().pairs) == (240, 480)
     (out,) = spared
     assert len(out) == 120
     assert not np.isin(row_hashes(out), learned).any()
-    assert not np.isin(row_hashes(out), upgrade.bridge.seen_).any()
+    assert not np.isin(row_hashes(out), seen(upgrade)).any()
 
 
 def test_a_bridge_of_many_pairs_is_not_compared_with_one_of_few(index):
@@ -189,14 +196,14 @@ def test_a_rate_is_not_made_up_for_after_a_while_of_learning(upgrade, monkeypatc
 def test_two_backfills_in_turn_know_of_each_other(index, upgrade, monkeypatch):
     """The second found the upgrade before the first ended, and the lock after it."""
     second = Upgrade.open(index.path)
-    flock, first = live.fcntl.flock, [upgrade]
+    flock, first = fcntl.flock, [upgrade]
 
     def waits(handle, how):
         if first:
             first.pop().backfill(DOCS, max_rows=440)
         flock(handle, how)
 
-    monkeypatch.setattr(live.fcntl, "flock", waits)
+    monkeypatch.setattr(fcntl, "flock", waits)
     second.backfill(DOCS, max_rows=500)
     assert (second.status().done, second.status().pairs) == (1000, 800)
     assert_scores(second)

@@ -14,7 +14,7 @@ from nestvec._checks import normalise
 from nestvec.maps import ProcrustesBridge
 from nestvec.search.index import Index
 from nestvec.search.store import Batch
-from nestvec.upgrade import Upgrade, learning
+from nestvec.upgrade import Upgrade, fit, learning
 
 IDS = 200
 PAYLOAD = pa.schema([("text", pa.string())])
@@ -193,7 +193,8 @@ def applied(known, step, seen):
 def write_for_ever(path, seed, log):
     rng = np.random.default_rng(seed)
     learning._FEWEST = 60  # so that a kill may come while a bridge is learned and exchanged
-    learning.fit = functools.partial(learning.fit, kinds=("procrustes", "stiff"))
+    few = functools.partial(fit, kinds=("procrustes", "stiff"))
+    learning.fit = few  # pyright: ignore[reportPrivateImportUsage]  # it is replaced where it is used
     index = Index.open(path, durability=["power", "process"][seed % 2])
     say(log, {"open": index.version})
     for value in range(seed * 1000, (seed + 1) * 1000, 2):
