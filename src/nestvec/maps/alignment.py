@@ -118,7 +118,7 @@ class Bridge(FittedMap):
         self.dims_ = tuple(sorted({*parse_dims(dims, full=full), full})) if dims else (full,)
 
     def _learn(self, X: Matrix, Y: Matrix) -> dict[str, Matrix]:
-        raise NotImplementedError
+        raise NotImplementedError  # each bridge has its own
 
     def _map(self, rows: Matrix) -> Matrix:
         return unit(self._apply(unit(rows)))

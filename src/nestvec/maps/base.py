@@ -60,17 +60,17 @@ class FittedMap(TransformerMixin, BaseEstimator):
     space_: Space | None  # where it was fitted; None if on plain arrays, which do not say
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        raise NotImplementedError
+        raise NotImplementedError  # each map has its own
 
     def _about(self) -> dict[str, Any]:
         """Learned facts that are not arrays, as plain JSON values."""
         return {}
 
     def _restore(self, arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each map has its own
 
     def _map(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        raise NotImplementedError
+        raise NotImplementedError  # each map has its own
 
     def _space(self, old: Space) -> Space:
         return old.mapped(self.content_hash, nesting_dims=self.dims_)
@@ -81,7 +81,7 @@ class FittedMap(TransformerMixin, BaseEstimator):
         Bridges may have an ``intercept`` to add, for rows of length 1. For other frameworks;
         `as_modules` is made of these.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each map has its own
 
     def as_modules(self, *, normalise: bool = True) -> list[Any]:
         """Return the map as modules for the end of a `SentenceTransformer`.

@@ -41,7 +41,7 @@ class RowFile:
     @property
     def id_type(self) -> str | None:
         """``"int"``, ``"str"``, or None if there are no ids."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of file has its own
 
     @property
     def columns(self) -> Any:
@@ -50,7 +50,7 @@ class RowFile:
 
     def blocks(self, columns: Sequence[str] = ()) -> Iterator[Block]:
         """Yield all rows in order, with some of the columns; one that is missing is an error."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of file has its own
 
     @cached_property
     def shape(self) -> tuple[int, bool]:
