@@ -181,7 +181,12 @@ def source(name: str, page: Path) -> str:
     """Return where the numbers come from; a link where the page lies beside the results."""
     file = f"benchmarks/results/{name}.json"
     shown = f"[`{file}`]({file})" if page.parent == _frame.ROOT else f"`{file}`"
-    return f"From {shown}, made by `make bench NAME={name}`."
+    meta = _frame.read(name)["meta"]
+    arguments = ""
+    if "of" not in meta:  # of one run: rows of several are all made again without arguments
+        arguments = meta["command"].partition(" ")[2]
+    more = f' ARGS="{arguments}"' if arguments else ""
+    return f"From {shown}, made by `make bench NAME={name}{more}`."
 
 
 if __name__ == "__main__":

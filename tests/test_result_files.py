@@ -83,7 +83,7 @@ def test_row_that_does_not_fit_is_refused(results, row):
 
 
 def test_table_puts_sizes_across(results):
-    _frame.write("fit", ROWS, {})
+    _frame.write("fit", ROWS, {"command": "benchmarks/fit.py"})
     text = filled("<!-- table: fit; metric=nDCG@10; rows=method; columns=dim --><!-- end -->")
     assert text.splitlines()[1:5] == [
         "| method | 64 | 384 |",
@@ -92,6 +92,16 @@ def test_table_puts_sizes_across(results):
         "| mrl | 0.250 | 0.390 |",
     ]
     assert filled(text) == text
+
+
+def test_table_names_the_command_that_makes_it_again(results):
+    marker = "<!-- table: fit; metric=recall@10; rows=method; columns=dim --><!-- end -->"
+    about = dict.fromkeys(("commit", "date", "machine", "threads", "load_before", "versions"))
+    meta = {**about, "command": "benchmarks/fit.py --seeds 0,1"}
+    _frame.write("fit", ROWS, meta)
+    assert '`make bench NAME=fit ARGS="--seeds 0,1"`' in filled(marker)
+    _frame.write("fit", ROWS, meta, renewed=["npl"])  # rows of several runs: all are made anew
+    assert "`make bench NAME=fit`" in filled(marker)
 
 
 def test_number_stands_in_its_sentence(results):
