@@ -88,7 +88,7 @@ def held(index: Index) -> tuple[Model, int]:
     """Return the rows of an index, and how many of their vectors are not as they were written."""
     found: Model = {}
     wrong = 0
-    snapshot = index._store.snapshot  # `get` would want to know the ids
+    snapshot = index._home.store.snapshot  # `get` would want to know the ids
     for block in snapshot.scan(["id", "vector", "value"]):
         ids, values = (block.columns[name].to_numpy() for name in ("id", "value"))
         there = block.columns["vector"].flatten().to_numpy().reshape(-1, DIM)

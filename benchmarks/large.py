@@ -108,7 +108,7 @@ def add(place: Path, n: int, precision: str) -> dict[str, Any]:
         print(f"  {len(index):,} rows", file=sys.stderr, flush=True)
     files = [np.load(file) for file in sorted(place.glob("truth-*.npz"))]
     keep_best(place / "truth.npz", [(file["rows"], file["scores"]) for file in files])
-    return {"record_bytes": index._store.stats().record_bytes}
+    return {"record_bytes": index._home.store.stats().record_bytes}
 
 
 def keep_best(file: Path, best: list[tuple[Matrix, Matrix]]) -> None:

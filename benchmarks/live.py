@@ -167,8 +167,7 @@ def begun(path: Path, place: Path, step: str, n: int) -> subprocess.Popen:
 
 
 def held(index: Index) -> np.ndarray:
-    index._refreshed()
-    snapshot = index._store.snapshot
+    snapshot = index._home.snapshot()
     return np.array(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
 
 

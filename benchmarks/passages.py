@@ -41,7 +41,7 @@ def seconds(search: Callable[[Any], Any], queries: np.ndarray, most: int) -> flo
 
 def bytes_read(index: nv.Index, plan: Any, queries: np.ndarray) -> float:
     """Bytes of rows that a query reads under a graph or lists, on average."""
-    generation = index._seen().generation
+    generation = index._home.view().generation
     first, *rest = plan.cascade.stages
     n = len(generation)
     reranked = sum(4 * stage.dim for stage in rest) * first.keep

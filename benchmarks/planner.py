@@ -123,7 +123,7 @@ def pool_of(name: str) -> trials.Trials:
         (place / "done").touch()
     index = nv.Index.open(place)
     return trials.draw(
-        index._seen(),
+        index._home.view(),
         np.ascontiguousarray(queries),
         k=K,
         n=len(queries),

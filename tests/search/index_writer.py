@@ -82,7 +82,9 @@ def do(index, step, rng):
 def write_for_ever(path, seed, log):
     rng = np.random.default_rng(seed)
     index = Index.open(path, durability=["power", "process"][seed % 2])
-    rows = index._store.snapshot.read(index._store.snapshot.keys().row_ids, ["id", "value"])
+    rows = index._home.store.snapshot.read(
+        index._home.store.snapshot.keys().row_ids, ["id", "value"]
+    )
     model = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
     say(log, {"open": index.version})
     for value in range(seed * 1000, (seed + 1) * 1000):

@@ -39,7 +39,7 @@ def index(tmp_path):
 
 
 def decoded(index, plan):
-    generation = index._seen().generation
+    generation = index._home.view().generation
     codes = generation.codes(DIM)
     steps = codes.values[:, :DIM].astype(np.float32) - 128
     if "int10" in plan:
@@ -51,7 +51,7 @@ def decoded(index, plan):
 
 
 def test_two_bits_more_leave_an_eighth_of_a_step(index):
-    generation = index._seen().generation
+    generation = index._home.view().generation
     scale = generation.codes(DIM).scale
     for plan, most in ((PLANS[0], 1 / 2), (PLANS[6], 1 / 8)):
         off = np.abs(decoded(index, plan) - rows(1000)) / scale
@@ -81,7 +81,7 @@ def test_codes_find_nearly_all_true_neighbours(index, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_full_vectors_are_not_read(index, plan):
     wanted = index.search(rows(5, seed=1), plan=plan)
-    mirror = index._seen().generation.mirror
+    mirror = index._home.view().generation.mirror
     mirror._words = mirror.vectors = None  # type: ignore[assignment]
     np.testing.assert_array_equal(index.search(rows(5, seed=1), plan=plan).ids, wanted.ids)
 
@@ -117,10 +117,10 @@ def test_explain_says_that_codes_answered(index):
 
 def test_lists_that_answer_by_codes_hold_them_once(index):
     index.search(rows(1), plan=PLANS[2])
-    assert index._seen().generation.names() == ["listed-48", "lists"]
+    assert index._home.view().generation.names() == ["listed-48", "lists"]
     for plan in (PLANS[8], PLANS[-1]):
         index.search(rows(1), plan=plan)
-        assert index._seen().generation.names() == ["listed-48", "lists", "rests-48"]
+        assert index._home.view().generation.names() == ["listed-48", "lists", "rests-48"]
 
 
 @pytest.mark.parametrize("plan", [PLANS[0], PLANS[6]])
@@ -137,7 +137,7 @@ def test_a_dimension_that_is_zero_in_all_rows_says_nothing_of_queries_that_are_n
 
 def test_two_bits_more_that_were_damaged_are_made_again(index):
     wanted = index.search(rows(20, seed=1), plan=PLANS[6])
-    folder = index._seen().generation.folder / "rests-48"
+    folder = index._home.view().generation.folder / "rests-48"
     file = max(folder.glob("*.npy"), key=lambda one: one.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

@@ -40,7 +40,7 @@ def one_by_one(plan, generation, queries, mask):
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("n", [1, 40, 1000])
 def test_a_fused_plan_is_its_stages_one_by_one(tmp_path, precision, n):
-    view = index_of(tmp_path / "a.nest", n, precision)._seen()
+    view = index_of(tmp_path / "a.nest", n, precision)._home.view()
     queries = rows(25, seed=1) * np.float32(3)
     for text in PLANS:
         plan = Plan.parse(text)

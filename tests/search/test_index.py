@@ -170,7 +170,7 @@ def test_compaction_leaves_no_fresh_and_no_dead_rows(index, queries):
 )
 def test_the_parts_of_a_plan_are_those_that_it_makes(index, queries, plan, read):
     index.search(queries, plan=plan)
-    assert index._seen().generation.names() == read == sorted(engine.parts(Plan.parse(plan)))
+    assert index._home.view().generation.names() == read == sorted(engine.parts(Plan.parse(plan)))
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -184,7 +184,7 @@ def test_compaction_drops_codes_that_the_stored_plan_does_not_read(index, querie
     index.compact()
     wanted = {"vectors", "graph", "lists", "codes-16"}
     assert {path.name for path in index.path.glob("derived/*/*")} == wanted
-    assert not index._seen().generation._loaded
+    assert not index._home.view().generation._loaded
     assert set(index.search(queries).ids[:, 0]) <= set(range(1000))
 
 
@@ -208,9 +208,9 @@ def test_stats_count_what_writes_filters_and_walks_hold(index, queries):
         return held() - before
 
     index.search(queries, plan=WIDE["graph"])
-    (scratch,) = index._seen().generation.graph()._scratches
-    graph, codes = index._seen().generation.graph(), index._seen().generation.codes(DIM)
-    mirror = index._seen().generation.mirror.resident_bytes
+    (scratch,) = index._home.view().generation.graph()._scratches
+    graph, codes = index._home.view().generation.graph(), index._home.view().generation.codes(DIM)
+    mirror = index._home.view().generation.mirror.resident_bytes
     assert held() == mirror + graph.nbytes + codes.nbytes + sum(part.nbytes for part in scratch)
     assert scratch[0].nbytes == 2 * 1000
     # a byte a row that lives, four a place, and the row that a fragment has no place for
@@ -512,7 +512,7 @@ def test_a_version_that_was_lost_leaves_nothing_derived(built, queries):
     folder.rename(folder.with_name("99-lost"))
     reopened = Index.open(built.path)
     reopened.search(queries)
-    assert reopened._seen().generation.folder.name != "99-lost"
+    assert reopened._home.view().generation.folder.name != "99-lost"
 
 
 def test_a_store_that_is_no_index_says_so(tmp_path):

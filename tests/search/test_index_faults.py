@@ -94,7 +94,9 @@ def killed_again_and_again(path, kills):
                 elif "done" in line:
                     model, begun = apply(model, begun), None
             index = Index.open(path)
-            rows = index._store.snapshot.read(index._store.snapshot.keys().row_ids, ["id", "value"])
+            rows = index._home.store.snapshot.read(
+                index._home.store.snapshot.keys().row_ids, ["id", "value"]
+            )
             found = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
             if begun is not None and found != model:
                 model = apply(model, begun)
@@ -134,7 +136,7 @@ def test_two_hundred_killed_processes_leave_nothing_wrong(tmp_path):
 def test_whatever_a_killed_build_left_is_gone_on_from_or_removed(index, name):
     """As far as a process gets that is killed while it writes, or while it syncs."""
     assert index.version == 2
-    fingerprint = index._store.snapshot.fingerprint
+    fingerprint = index._home.store.snapshot.fingerprint
     if name != "vectors.part":
         index.search(QUERIES)
     home = index.path / "derived" / fingerprint
@@ -277,7 +279,7 @@ def test_a_generation_that_is_open_elsewhere_is_not_removed_under_it(index):
     """It may still have to load, or build, a structure there."""
     reader = Index.open(index.path)
     reader.search(QUERIES)
-    old = reader._view
+    old = reader._home._view
     assert old is not None
     index.search(QUERIES)
     index.upsert(index_writer.batch([3], 2))
@@ -312,11 +314,11 @@ def test_a_warning_that_is_kept_keeps_nothing_open(index, caplog, damage):
 
 def test_what_a_newer_version_was_derived_to_is_not_removed_by_who_is_behind(index):
     index.search(QUERIES)
-    behind = index._derived, index._seen().generation
+    behind = index._home.derived, index._home.view().generation
     other = Index.open(index.path)
     other.upsert(index_writer.batch([3], 2))
     other.compact()
-    newer = other._seen().generation.folder
+    newer = other._home.view().generation.folder
     del other
     behind[0].sweep(behind[1])
     assert newer.is_dir()
@@ -358,7 +360,7 @@ def test_threads_that_meet_one_damaged_row_derive_once(index, monkeypatch):
 
 def test_a_thread_may_derive_while_others_read(index):
     index.search(QUERIES)
-    snapshot = index._store.snapshot
+    snapshot = index._home.store.snapshot
     row_ids = np.tile(snapshot.keys().row_ids, 20)
     stop = threading.Event()
 
@@ -533,8 +535,8 @@ def test_plans_and_builds_heal_what_they_meet(index):
     index.search(QUERIES)
     for work in (lambda: index.build("graph", "lists"), lambda: index.plan(recall=0.5)):
         for structure in ("graph", "lists"):
-            shutil.rmtree(index._seen().generation.folder / structure, ignore_errors=True)
-        index._view = None
+            shutil.rmtree(index._home.view().generation.folder / structure, ignore_errors=True)
+        index._home._view = None
         flip(next(index.path.glob("derived/*/vectors/vectors.npy")), 128 + 4 * DIM * 100 + 3)
         work()
         assert index.check()["ok"]
@@ -669,10 +671,10 @@ def test_a_folder_that_is_removed_loses_its_name_first(index, monkeypatch):
     index.build("graph")
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda *args, **options: None)
-        index._seen().generation.remove("graph")
+        index._home.view().generation.remove("graph")
         assert index.check()["ok"]
         assert "graph" not in index.stats()["structures"]
-        index._discard(index._seen().generation)
+        index._home.discard(index._home.view().generation)
     assert_right(index, MODEL, ["exact 32@10"])
     assert Index.open(index.path).check()["ok"]
     index.delete([0])
@@ -690,7 +692,7 @@ def test_a_knob_may_be_written_as_a_fraction_that_is_whole(index):
 def test_a_plan_is_made_without_keeping_what_was_tried(index):
     index.plan(recall=0.9)
     index.search(QUERIES)
-    loaded = set(index._seen().generation._loaded)
+    loaded = set(index._home.view().generation._loaded)
     assert len(loaded) <= 2
     assert len(index.stats()["structures"]) > 4
 

@@ -124,9 +124,10 @@ def found_by(choosing, certifying, recall=0.9, **more):
 
 def test_the_certifying_queries_take_no_part_in_choosing(index, fresh):
     """The frontier is the same beside queries that nothing certifies."""
-    pool = trials.draw(index._seen(), fresh, k=10, n=1000, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=1000, seed=0)
     choosing, certifying = pool.subset(np.arange(300)), pool.subset(np.arange(300, 1000))
-    hopeless = trials.Trials(index._seen(), fresh[:300], np.full(300, -1), np.zeros((300, 10), int))
+    view = index._home.view()
+    hopeless = trials.Trials(view, fresh[:300], np.full(300, -1), np.zeros((300, 10), int))
     good, bad = found_by(choosing, certifying), found_by(choosing, hopeless)
     assert good.plan is not None
     assert good.plan != EXACT
@@ -135,7 +136,7 @@ def test_the_certifying_queries_take_no_part_in_choosing(index, fresh):
 
 
 def test_a_subset_of_a_pool_says_what_its_queries_say_alone(index, fresh):
-    pool = trials.draw(index._seen(), fresh, k=10, n=1500, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=1500, seed=0)
     some = np.random.default_rng(0).permutation(1500)[:400]
     alone = pool.subset(some)._apart(some)
     for text in ("graph(ef=20) 48:int8@15 > 48@10", "lists(probes=3) 32:int8@30 > 48@10"):
@@ -151,7 +152,7 @@ def test_a_subset_of_a_pool_says_what_its_queries_say_alone(index, fresh):
 
 def test_what_is_read_off_a_walk_of_gallery_rows_is_what_a_run_finds(index):
     """The row that each query is itself is passed over in both."""
-    pool = trials.draw(index._seen(), None, k=10, n=300, seed=0)
+    pool = trials.draw(index._home.view(), None, k=10, n=300, seed=0)
     for text in ("graph(ef=20) 48:int8@15 > 48@10", "exact 32:int8@12 > 48@10"):
         plan = Plan.parse(text)
         ran = pool.recall(plan)
@@ -160,7 +161,7 @@ def test_what_is_read_off_a_walk_of_gallery_rows_is_what_a_run_finds(index):
 
 
 def test_halves_share_no_query_and_nothing_measured(index, fresh):
-    one, other = trials.draw(index._seen(), fresh, k=10, n=301, seed=0).halves()
+    one, other = trials.draw(index._home.view(), fresh, k=10, n=301, seed=0).halves()
     assert (len(one), len(other)) == (150, 151)
     together = np.concatenate([one._queries, other._queries])
     assert len(np.unique(together, axis=0)) == 301
@@ -179,7 +180,7 @@ def test_it_tests_from_the_safest_to_the_cheapest_and_takes_the_last_that_held(p
 
 
 def test_widths_are_finer_near_the_target(index, fresh):
-    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=300, seed=0)
     coarse = _frontier(planner._measure(pool, ["lists"], None, False)[0])
     tried = {planner._kind(one)[2] for one in coarse}
     finer = planner._finer(pool, coarse, 0.99)
@@ -192,7 +193,7 @@ def test_widths_are_finer_near_the_target(index, fresh):
 
 def test_neighbouring_widths_near_the_target_are_a_tenth_apart(index, fresh):
     """So the plan that is certified is hardly dearer than one that just holds."""
-    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=300, seed=0)
     coarse = planner._near_frontier(planner._measure(pool, ["graph"], None, False)[0])
     known = [*coarse, *planner._finer(pool, coarse, 0.97)]
     widths = np.unique(
@@ -296,7 +297,8 @@ def test_the_cheapest_plan_by_ndcg_loses_no_more_on_fresh_queries(index):
 
 def test_the_loss_is_what_a_plan_has_less_than_exact_search(index, fresh):
     """Losses of 0, 0.012 and 0.03 by hand: the middle one is the last within 0.02."""
-    known = trials.Trials(index._seen(), fresh[:500], np.full(500, -1), np.zeros((500, 10), int))
+    view = index._home.view()
+    known = trials.Trials(view, fresh[:500], np.full(500, -1), np.zeros((500, 10), int))
     rng = np.random.default_rng(0)
     exact = rng.uniform(0.4, 0.8, 500)
     plans = [Plan.parse(f"graph(ef={ef}) 48:int8@10 > 48@10") for ef in (40, 20, 10)]
@@ -351,7 +353,7 @@ def test_a_budget_of_bytes_is_kept(index):
 
 
 def test_plans_of_codes_alone_are_tried_where_bytes_are_counted(index, fresh):
-    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=300, seed=0)
     measured, _ = planner._measure(pool, ["lists"], 1000.0, False)
     assert measured.pop(0).plan == EXACT
     reranked = [one for one in measured if len(one.plan.cascade.stages) == 2]
@@ -447,7 +449,7 @@ def test_the_number_of_queries_is_from_their_own_spread():
 def test_what_is_over_a_budget_of_bytes_is_not_built(tmp_path):
     index = Index.create(tmp_path / "a", nv.Embeddings(rows(1500, 0), SPACE), durability="process")
     found = index.plan(rows(200, 1), recall=0.7, resident_bytes=75, keep=False)
-    names = {*index._seen().generation.names()}
+    names = {*index._home.view().generation.names()}
     assert names <= {"lists", "codes-32", "listed-32", "codes-48"}
     assert "codes-32" in names
     assert all(one.resident_bytes <= 75 for one in found.frontier)
@@ -457,7 +459,7 @@ def test_what_is_over_a_budget_of_bytes_is_not_built(tmp_path):
 
 @pytest.mark.parametrize("name", ["exact", "graph", "lists"])
 def test_what_a_structure_will_hold_is_known_before_it_is_built(index, name):
-    view = index._seen()
+    view = index._home.view()
     for dim in (32, 48):
         held = planner._resident(view, name, dim)
         assert planner._about_resident(view, name, dim) == pytest.approx(held, rel=0.03)
@@ -465,7 +467,7 @@ def test_what_a_structure_will_hold_is_known_before_it_is_built(index, name):
 
 def test_planning_lets_go_of_what_it_tried(index, fresh, monkeypatch):
     monkeypatch.setattr(planner, "_HELD_AT_ONCE", 0)
-    view = index._seen()
+    view = index._home.view()
     pool = trials.draw(view, fresh, k=10, n=100, seed=0)
     sums = view.generation.mirror.resident_bytes
     planner._measure(pool, ["lists", "exact"], None, False)
@@ -482,7 +484,7 @@ def test_planning_lets_go_of_what_it_tried(index, fresh, monkeypatch):
 @pytest.mark.usefixtures("by_the_clock")
 def test_a_plan_is_timed_whole_and_one_query_a_call(index, fresh, monkeypatch):
     """By a clock that counts calls: each takes as long as its plan keeps rows."""
-    pool = trials.draw(index._seen(), fresh, k=10, n=300, seed=0)
+    pool = trials.draw(index._home.view(), fresh, k=10, n=300, seed=0)
     now, sizes = [0.0], set()
     real = engine.run
 
@@ -501,7 +503,7 @@ def test_a_plan_is_timed_whole_and_one_query_a_call(index, fresh, monkeypatch):
 
 @pytest.mark.usefixtures("by_the_clock")
 def test_the_time_of_a_plan_is_that_of_searches_one_by_one(index, planned, fresh):
-    view = index._seen()
+    view = index._home.view()
     pool = trials.draw(view, fresh, k=10, n=300, seed=0)
     (ms,) = pool.times([planned.plan])
     took = []
@@ -551,7 +553,7 @@ def test_all_queries_are_used_unless_fewer_are_asked_for(index):
     for n, used in ((None, 2100), (400, 400)):
         found = index.plan(asked, ms=1000, structures=["exact"], n_queries=n, keep=False)
         assert found.n_choosing + found.n_certifying == used
-    drawn = trials.draw(index._seen(), None, k=10, n=None, seed=0)
+    drawn = trials.draw(index._home.view(), None, k=10, n=None, seed=0)
     assert len(drawn) == 2000
 
 

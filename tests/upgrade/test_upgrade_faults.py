@@ -65,7 +65,7 @@ def true_vectors(upgrade):
     ids = old.ids(old.rows_of(sides.keys.at(np.flatnonzero(sides.is_done)))).tolist()
     if not ids:
         return {}
-    found = upgrading.new.get(ids, columns=["vector"])["vector"].to_pylist()
+    found = Index(upgrading.new).get(ids, columns=["vector"])["vector"].to_pylist()
     return dict(zip(ids, found, strict=True))
 
 

@@ -88,9 +88,7 @@ def assert_scores(upgrade):
 
 
 def done_ids(upgrade):
-    new = upgrade.index._upgrading().new
-    new._refreshed()
-    snapshot = new._store.snapshot
+    snapshot = upgrade.index._upgrading().new.snapshot()
     return set(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
 
 

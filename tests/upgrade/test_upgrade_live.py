@@ -63,19 +63,17 @@ def by_hand(index, model, asked, done, bridge, scale, passes):
 
 def done_ids(upgrade):
     """What the new index holds that is true, found the slow way."""
-    upgrading = upgrade.index._upgrading()
-    new, old = upgrading.new, upgrade.index
+    new, old = Index(upgrade.index._upgrading().new), upgrade.index
     table = new.get(
         [i for i in w.held(old) if i in _ids(new)], columns=["id", "of_row", "of_version"]
     )
-    snapshot = old._store.snapshot
+    snapshot = old._home.store.snapshot
     keys = dict(zip(*(k.tolist() for k in snapshot.keys()), strict=True))
     return {row["id"] for row in table.to_pylist() if keys.get(row["of_row"]) == row["of_version"]}
 
 
 def _ids(index):
-    index._refreshed()
-    snapshot = index._store.snapshot
+    snapshot = index._home.snapshot()
     return set(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
 
 
@@ -218,14 +216,14 @@ def test_one_write_may_bring_rows_of_both_spaces(index, upgrade):
 
 
 def test_a_write_that_is_refused_writes_to_neither_side(index, upgrade):
-    versions = index.version, index._upgrading().new.version
+    versions = index.version, index._upgrading().new.snapshot().version
     with pytest.raises(DataError, match="id 3 exists"):
         index.add(batch(1, [3], 5))
     with pytest.raises(DataError, match="payload"):
         index.upsert(vectors(1, [3], 5))
     with pytest.raises(SpaceMismatchError):
         index.upsert(batch(2, [3], 5))
-    assert (index.version, index._upgrading().new.version) == versions
+    assert (index.version, index._upgrading().new.snapshot().version) == versions
 
 
 # --- backfilling ----------------------------------------------------------------------------------
@@ -319,8 +317,7 @@ def nv_unit(array):
 
 
 def done_ids_of(upgrade):
-    upgrading = upgrade.index._upgrading()
-    return _ids(upgrading.new)
+    return _ids(Index(upgrade.index._upgrading().new))
 
 
 def test_a_rate_is_kept(upgrade):
@@ -376,7 +373,7 @@ def test_many_pieces_are_joined(index, upgrade, monkeypatch):
     monkeypatch.setattr("nestvec.upgrade.backfill._S_A_PIECE", 0)
     monkeypatch.setattr("nestvec.upgrade.backfill._FRAGMENTS", 5)
     fill(upgrade, batch_size=10)
-    store = index._upgrading().new._store
+    store = index._upgrading().new.store
     store.refresh()
     assert len(store.snapshot.dataset.get_fragments()) <= 6
     assert_as_by_hand(upgrade)
@@ -418,7 +415,7 @@ def test_what_is_finished_is_an_index_of_the_new_space(index, upgrade):
     fill(upgrade)
     assert upgrade.finish() == IDS - 2
     assert [p.name for p in sorted(index.path.iterdir())] == [
-        index._store.path.name,
+        index._home.store.path.name,
         "nestvec.json",
     ]
     fresh = Index.open(index.path)
@@ -486,7 +483,7 @@ def test_a_writer_that_waits_for_the_end_writes_nothing_to_what_is_left(index, u
     """It has checked its rows for the old Space, and waits for the lock."""
     fill(upgrade)
     other = Index.open(index.path)
-    begun = other._store
+    begun = other._home.store
     upgrade.finish()
     with pytest.raises(StorageError, match="was upgraded to another space"):
         begun.append(batch(0, [100], 9))
@@ -506,7 +503,7 @@ def test_a_finish_that_broke_off_is_completed_by_the_next(index, upgrade, monkey
         if broken == "create":
             patched.setattr(Store, "create", dies)
         elif broken == "search":
-            patched.setattr(Index, "_seen", dies)
+            patched.setattr("nestvec.upgrade.finish.Home", dies)
         else:
             patched.setattr(
                 f"nestvec.upgrade.{'live' if broken == 'tidy' else 'finish'}.{broken}", dies

@@ -91,8 +91,7 @@ def bridge(model):
 
 def held(index):
     """Id to value, of the record."""
-    index._refreshed()
-    snapshot = index._store.snapshot
+    snapshot = index._home.snapshot()
     rows = snapshot.read(snapshot.keys().row_ids, ["id", "text"])
     values = (int(text.split()[1]) for text in rows["text"].to_pylist())
     return dict(zip(rows["id"].to_pylist(), values, strict=True))

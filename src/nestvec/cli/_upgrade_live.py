@@ -378,8 +378,7 @@ def _encoder(model: str | None, space: Space | None = None) -> TextEncoder:
 
 def _some(vectors: Embeddings, index: Index, n: int, seed: int) -> Embeddings:
     """Return some vectors whose ids the index has."""
-    index._refreshed()
-    snapshot = index._store.snapshot
+    snapshot = index._home.snapshot()
     there = snapshot.look_up(snapshot.layout.id_column(vectors.ids)) >= 0
     if not there.any():
         raise DataError(

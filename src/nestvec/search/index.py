@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +15,6 @@ from nestvec._extras import require
 from nestvec.errors import DataError, PlanError, SpaceMismatchError
 from nestvec.search import engine, planner, trials
 from nestvec.search.cascade import Cascade, Plan, Stage
-from nestvec.search.derived import Derived
-from nestvec.search.generation import Generation
 from nestvec.search.given import (
     batches_given,
     check_space,
@@ -32,14 +28,12 @@ from nestvec.search.given import (
     returning,
 )
 from nestvec.search.hits import Hits, with_payload
+from nestvec.search.home import Home
 from nestvec.search.planner import Planned
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Store, Written, durable
-from nestvec.search.store.incoming import gathered
 from nestvec.search.store.layout import Ids
 from nestvec.search.store.snapshot import as_matrix as as_vectors
-from nestvec.search.store.store import Moved
-from nestvec.search.stored_plan import StoredPlan
 from nestvec.search.transition import STATE, tidy
 from nestvec.search.view import View
 from nestvec.space import Embeddings, Space
@@ -48,9 +42,6 @@ if TYPE_CHECKING:
     from nestvec.search.upgrading import Upgrading
 
 pa = require("pyarrow", extra="index", why="an index")
-
-_log = logging.getLogger(__name__)
-_MANY = 10_000  # fresh rows that are still few beside fewer derived ones
 
 Batches = Batch | Embeddings | Iterable[Batch | Embeddings]
 
@@ -65,17 +56,9 @@ class Index:
     Make one with `Index.create` or `Index.open`.
     """
 
-    def __init__(self, store: Store, *, show_progress: bool = False) -> None:
-        self.path = store.root
-        self.show_progress = show_progress
-        self._lock = threading.RLock()
-        self._live_in(store)
-        self._left: Space | None = None  # the Space of arrays that carry no stamp, if it was left
+    def __init__(self, home: Home) -> None:
+        self._home = home
         self._upgrade: tuple[Any, Upgrading | None] = (None, None)
-        # Lance refuses to read a dataset object that another thread writes with, so writes have
-        # a store of their own.
-        self._writing = threading.Lock()
-        self._writer: Store | None = None
 
     # --- making and opening ---------------------------------------------------------------------
 
@@ -130,7 +113,7 @@ class Index:
             durability=durability,
             rows=batch,
         )
-        return cls(store, show_progress=show_progress)
+        return cls(Home(store, show_progress=show_progress))
 
     @classmethod
     def open(
@@ -149,52 +132,46 @@ class Index:
         FileFormatError
             If it is damaged, or was written by a newer nestvec.
         """
-        index = cls(Store.open(path, durability=durability), show_progress=show_progress)
-        if stamps := index._derived.stamps():
-            index._store.refresh()  # what others derived meanwhile is of versions that it sees now
-            index._derived.drop_lost(stamps, index._store.snapshot)
-        return index
+        return cls(Home.open(path, durability=durability, show_progress=show_progress))
 
-    def _live_in(self, store: Store) -> None:
-        """Read and write in the folder of a store from now on."""
-        self._store = store
-        space = store.layout.space
-        sizes = sorted({*space.nesting_dims, space.size})
-        self._derived = Derived(store.path / "derived", sizes, show_progress=self.show_progress)
-        self._view: View | None = None
-        self._weighed: View | None = None  # the one whose fresh rows were found to be few, or said
-        self._kept_plan = StoredPlan(store.path, self.path)
+    @property
+    def path(self) -> Path:
+        """The folder that it was opened at."""
+        return self._home.path
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether long work shows how far it is."""
+        return self._home.show_progress
 
     def __repr__(self) -> str:
         return f"Index({str(self.path)!r}, {len(self):,} rows, version {self.version})"
 
     def __len__(self) -> int:
-        self._refreshed()
-        return self._store.count
+        return self._home.snapshot().count
 
     @property
     def space(self) -> Space:
         """The Space that all vectors live in; an upgrade that is finished changes it."""
-        self._follow()
-        return self._store.layout.space
+        self._home.follow()
+        return self._home.store.layout.space
 
     @property
     def upgrading_to(self) -> Space | None:
         """The Space that an upgrade under way leads to: its queries are answered, too."""
-        self._follow()
+        self._home.follow()
         found = self._upgrading()
         return None if found is None else found.space
 
     @property
     def schema(self) -> Any:
         """The columns, a pyarrow.Schema: id, vector, then the payload."""
-        return self._store.layout.schema
+        return self._home.store.layout.schema
 
     @property
     def version(self) -> int:
         """The newest version."""
-        self._refreshed()
-        return self._store.version
+        return self._home.snapshot().version
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -220,7 +197,7 @@ class Index:
 
         Raises `DataError` if one does not exist, unless ``missing_ok``; nothing is removed then.
         """
-        with self._written() as store:
+        with self._home.written() as store:
             return store.delete(ids, missing_ok=missing_ok)
 
     # --- reading --------------------------------------------------------------------------------
@@ -232,8 +209,7 @@ class Index:
         """
 
         def read() -> Any:
-            self._refreshed()
-            snapshot = self._store.snapshot
+            snapshot = self._home.snapshot()
             return snapshot.read(snapshot.rows_of(ids), names_of(columns))
 
         return self._steadily(read)
@@ -242,8 +218,7 @@ class Index:
         """Return every row of the newest version, in memory, with its id; an empty one raises."""
 
         def read() -> Embeddings:
-            self._refreshed()
-            snapshot = self._store.snapshot
+            snapshot = self._home.snapshot()
             blocks = [rows.columns for rows in snapshot.scan(("id", "vector"))]
             if not blocks:
                 raise DataError(f"{self.path} holds no rows.")
@@ -303,7 +278,7 @@ class Index:
         """
 
         def ask() -> Hits:
-            view = self._seen()
+            view = self._home.view()
             upgrading = self._upgrading_to(queries, view)
             asked = self._queries(queries, view if upgrading is None else upgrading)
             if upgrading is not None and (plan, cascade, dims, recall) != (None,) * 4:
@@ -319,7 +294,7 @@ class Index:
                 try:
                     found = self._run(chosen, asked, view, filter, threads)
                 except Damaged as error:
-                    view = self._mended(view, error)
+                    view = self._home.mended(view, error)
                     found = self._run(chosen, asked, view, filter, threads)
             ids = view.ids(found.rows)
             hits = Hits(ids, found.scores, chosen, view.snapshot.version, None, found)
@@ -332,7 +307,7 @@ class Index:
     @property
     def plan_stored(self) -> Plan | None:
         """The plan that searches follow."""
-        return self._kept_plan.read()[0]
+        return self._home.kept_plan.read()[0]
 
     def plan(
         self,
@@ -401,13 +376,13 @@ class Index:
                 "ndcg_loss needs the qrels that it is measured by, and stands in place of recall."
             )
         planner.check(recall, ndcg_loss, confidence, k, n_queries)
-        view = self._seen()
+        view = self._home.view()
         labels = None
         if qrels is not None:
             queries, labels = judged(queries, qrels)
         asked = None if queries is None else self._queries(queries, view)
         if view.n_fresh > view.everyone.n_derived:  # it would be planned for the fewer
-            self._renewed(view)
+            self._home.renewed(view)
 
         def find(view: View) -> Planned:
             try:
@@ -435,7 +410,7 @@ class Index:
             finally:
                 view.release()  # all that was tried is in memory
 
-        view, found = self._healed(find)
+        view, found = self._home.healed(find)
         if keep and found.plan is not None:
             self.set_plan(found, version=view.snapshot.version)
         return found
@@ -447,13 +422,13 @@ class Index:
         """
         if plan is None:
             with durable.storage_errors(self.path):
-                self._kept_plan.remove()
+                self._home.kept_plan.remove()
             return
         chosen = plan_given(plan)
-        engine.check(chosen, self._seen().generation)
+        engine.check(chosen, self._home.view().generation)
         if isinstance(plan, Planned):
             about = {**planner.as_json(plan), **about}
-        kept = self._kept_plan  # of where the index lives now
+        kept = self._home.kept_plan  # of where the index lives now
         with durable.storage_errors(self.path), durable.writer_lock(kept.folder):
             kept.write(chosen, about)
 
@@ -464,7 +439,7 @@ class Index:
         ``"faiss_hnsw_panorama"``, ``"faiss_ivf"`` and ``"faiss_ivf_rabitq"`` are faiss's.
         """
         for name in known_structures(names, engine.KNOWN):
-            self._healed(lambda view, name=name: view.generation.make(name))
+            self._home.healed(lambda view, name=name: view.generation.make(name))
 
     # --- keeping house --------------------------------------------------------------------------
 
@@ -476,23 +451,23 @@ class Index:
         that it tried. Returns the bytes of the record that became free.
         """
         plan = self.plan_stored
-        with self._written() as store:
+        with self._home.written() as store:
             with store.locked():
-                self._kept_plan.tidy()
+                self._home.kept_plan.tidy()
                 tidy(store)
             freed = store.compact(keep_versions=keep_versions)
-        old = self._seen()
+        old = self._home.view()
         names = old.generation.names()
         wanted = {*names} if plan is None else {*engine.KNOWN, *engine.parts(plan)}
         if old.n_fresh or old.n_dead:
-            self._renewed(old, [name for name in names if name in wanted])
+            self._home.renewed(old, [name for name in names if name in wanted])
         else:
             old.release()
             for name in {*names} - wanted:
                 old.generation.remove(name)
         del old  # what it held may go now
-        self._derived.sweep(self._seen().generation)
-        with self._written() as store:  # the version that this index was reading until now
+        self._home.derived.sweep(self._home.view().generation)
+        with self._home.written() as store:  # the version that this index was reading until now
             return freed + store.compact(keep_versions=keep_versions)
 
     def check(self) -> dict[str, Any]:
@@ -502,14 +477,14 @@ class Index:
         names of derived files that do not fit their checksum. Those are no loss: they are made
         again when they are needed. Removes them, and changes nothing else.
         """
-        report = self._store.check()
-        view = self._looked(derive=False)
+        report = self._home.store.check()
+        view = self._home.looked(derive=False)
         if view is None:
             return {"ok": report.ok, "record": report, "derived": []}
         generation = view.generation
         damaged = generation.damaged_files()
         if "vectors" in damaged:
-            self._discard(generation)
+            self._home.discard(generation)
         for name in damaged:
             generation.remove(name)
         files = [file for part in damaged.values() for file in part]
@@ -521,8 +496,8 @@ class Index:
         Changes nothing: ``structures`` are none where nothing was derived yet, and every row is
         fresh.
         """
-        view = self._looked(derive=False)
-        record = self._store.stats()
+        view = self._home.looked(derive=False)
+        record = self._home.store.stats()
         derived = view.generation.built() if view else {}
         resident = view.generation.resident_bytes() + view.resident_bytes if view else 0
         return {
@@ -532,7 +507,7 @@ class Index:
             "fresh_rows": view.n_fresh if view else record.rows,
             "dead_rows": view.n_dead if view else 0,
             "dim": self.space.size,
-            "precision": self._store.layout.precision,
+            "precision": self._home.store.layout.precision,
             "durability": record.durability,
             "record_bytes": record.record_bytes,
             "derived_bytes": sum(derived.values()),
@@ -544,30 +519,11 @@ class Index:
     # --- inside ---------------------------------------------------------------------------------
 
     def _put(self, how: str, rows: Any) -> Written:
-        self._follow()
-        if self._left is not None:
-            rows = only_stamped(rows, self.path, self._left)
+        self._home.follow()
+        if self._home.left is not None:
+            rows = only_stamped(rows, self.path, self._home.left)
         upgrading = self._upgrading()
-        return self._write(how, rows) if upgrading is None else upgrading.put(how, rows)
-
-    def _write(self, how: str, rows: Any) -> Written:
-        # whatever makes them may take its time, and may write to this index itself
-        checked_for = self._store
-        with gathered(rows, checked_for.layout, checked_for.path) as new:
-            if new is None:
-                return Written(self.version)
-            with self._written() as store:
-                if store.path != checked_for.path:
-                    raise Moved(self.path)
-                return getattr(store, how)(new)
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[Store]:
-        self._follow()
-        with self._writing:
-            if self._writer is None or self._writer.path != self._store.path:
-                self._writer = Store.open(self.path, durability=self._store.durability)
-            yield self._writer
+        return self._home.write(how, rows) if upgrading is None else upgrading.put(how, rows)
 
     def _queries(
         self, queries: Embeddings | ArrayLike, view: View | Upgrading
@@ -576,11 +532,11 @@ class Index:
         if isinstance(queries, Embeddings):
             check_space(space, queries.space, self.path)
             queries = queries.array
-        elif self._left is not None:
+        elif self._home.left is not None:
             raise SpaceMismatchError(
                 f"{self.path} was upgraded to {space.label} while it was open here, and these "
-                f"vectors carry no stamp, so they may be of {self._left.label}. Give Embeddings, "
-                f"or open the index again."
+                f"vectors carry no stamp, so they may be of {self._home.left.label}. Give "
+                f"Embeddings, or open the index again."
             )
         array = np.asarray(queries)
         if array.ndim == 1 and array.dtype != object:
@@ -611,65 +567,41 @@ class Index:
         if cascade is not None:
             plan = Plan(Cascade.parse(cascade) if isinstance(cascade, str) else cascade)
         if recall is not None:
-            return self._kept_plan.proven(float(recall), k)
+            return self._home.kept_plan.proven(float(recall), k)
         if dims is not None:
             return Plan(Cascade([Stage(dims, 10 if k is None else k)]))
         chosen = plan_given(plan) if plan is not None else self.plan_stored
         if chosen is None:
-            size = self._store.layout.space.size
+            size = self._home.store.layout.space.size
             chosen = Plan(Cascade([Stage(size, 10 if k is None else k)]))
         return chosen if k is None else returning(chosen, k)
 
-    def _refreshed(self) -> None:
-        if self._store.is_unchanged():
-            return
-        self._follow()
-        with self._lock:
-            if self._store.is_newer():
-                self._store.refresh()
-            # a writer that rests would keep the version it wrote on disk
-            if self._writer is not None and self._writing.acquire(blocking=False):
-                if self._writer is not None and self._writer.version < self._store.version:
-                    self._writer = None
-                self._writing.release()
-
     def _steadily(self, work: Callable[[], Any]) -> Any:
         """Do something: once more if an upgrade ended meanwhile, and its files may be gone."""
-        before = self._store, self._upgrade
+        before = self._home.store, self._upgrade
         try:
             return work()
         except Exception:
-            self._follow()
+            self._home.follow()
             self._upgrading()
-            if before == (self._store, self._upgrade):
+            if before == (self._home.store, self._upgrade):
                 raise
             return work()
-
-    def _follow(self) -> None:
-        """Go to the folder where the index lives now, if an upgrade of it was finished."""
-        if not self._store.is_moved():
-            return
-        with self._lock:
-            if self._store.is_moved():
-                old = self._store.layout.space
-                self._live_in(Store.open(self.path, durability=self._store.durability))
-                if self._left is None and old.space_id != self._store.layout.space.space_id:
-                    self._left = old
 
     def _upgrading(self) -> Upgrading | None:
         """Return the upgrade that is under way, if there is one."""
         stamp = durable.signature(self.path / STATE)
         if stamp != self._upgrade[0]:
-            from nestvec.search.upgrading import Upgrading
+            from nestvec.search.upgrading import Upgrading  # its maps import scikit-learn
 
-            with self._lock:
+            with self._home.lock:
                 stamp = durable.signature(self.path / STATE)
                 if stamp != self._upgrade[0]:  # no other thread was here first
                     before = self._upgrade[1]
-                    found = None if stamp is None else Upgrading.open(self, before)
+                    found = None if stamp is None else Upgrading.open(self._home, before)
                     self._upgrade = stamp, found
         found = self._upgrade[1]
-        return found if found is not None and found.is_of(self._store) else None
+        return found if found is not None and found.is_of(self._home.store) else None
 
     def _upgrading_to(self, queries: Embeddings | ArrayLike, view: View) -> Upgrading | None:
         """Return the upgrade that is under way if queries are of its new Space, not of this."""
@@ -680,74 +612,3 @@ class Index:
             return None
         found = self._upgrading()
         return found if found is not None and found.space.space_id == space_id else None
-
-    def _seen(self) -> View:
-        """Return a view of the newest version."""
-        view = self._looked()
-        assert view is not None
-        if view is self._weighed:
-            return view
-        self._weighed = view
-        if view.n_fresh > max(_MANY, view.everyone.n_derived):
-            slow = {*engine.KNOWN} & {*view.generation.names()}
-            if not slow:
-                return self._renewed(view)
-            _log.warning(
-                "%s: %s rows were written since its structures were built, more than are in them; "
-                "each search scores all of those. compact() takes them in.",
-                self.path,
-                f"{view.n_fresh:,}",
-            )
-        return view
-
-    def _looked(self, *, derive: bool = True) -> View | None:
-        """Return a view of the newest version: None if it would have to be derived and may not."""
-        self._refreshed()
-        view = self._view
-        if view is not None and view.snapshot is self._store.snapshot:
-            return view
-        with self._lock:
-            view, snapshot = self._view, self._store.snapshot
-            if view is None:
-                made = self._derived.newest(snapshot)
-                if made is None:
-                    if not derive:
-                        return None
-                    made = self._derived.derive(snapshot)
-                view = View(snapshot, made)
-            elif view.snapshot is not snapshot:
-                old = view.generation  # compacted by another process, it may be old indeed
-                slow = {*engine.KNOWN} & {*old.names()}
-                newer = self._derived.newest(snapshot, after=old.version, having=slow)
-                view = View(snapshot, newer or old, view)
-            self._view = view
-        return view
-
-    def _renewed(self, old: View, parts: Iterable[str] = ()) -> View:
-        """Derive the version of a view anew; searches go on meanwhile."""
-        generation = self._derived.derive(old.snapshot, parts)
-        with self._lock:
-            self._view, self._weighed = View(old.snapshot, generation), None
-        return self._seen()
-
-    def _healed(self, work: Callable[[View], Any]) -> tuple[View, Any]:
-        """Do something with the newest view: once more, if it meets what is damaged."""
-        view = self._seen()
-        try:
-            return view, work(view)
-        except Damaged as error:
-            view = self._mended(view, error)
-            return view, work(view)
-
-    def _mended(self, view: View, error: Damaged) -> View:
-        """Return a new view in place of one that met what is damaged."""
-        _log.warning("%s Derived files are made again from the record.", str(error))
-        self._discard(view.generation)
-        return self._seen()
-
-    def _discard(self, generation: Generation) -> None:
-        """Remove a generation in which vectors are damaged; the next search derives it anew."""
-        with self._lock:
-            if self._view is not None and self._view.generation is generation:
-                self._view = self._weighed = None
-                self._derived.discard(generation)

@@ -20,7 +20,7 @@ from nestvec.errors import FileFormatError, NestvecError
 from nestvec.maps.base import FittedMap, load_map
 from nestvec.search import engine
 from nestvec.search.cascade import Cascade, Plan, Stage
-from nestvec.search.index import Index
+from nestvec.search.home import Home
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Keys, Snapshot, Store, Written, durable
 from nestvec.search.store.incoming import batches_of
@@ -64,14 +64,14 @@ class Upgrading:
 
     def __init__(
         self,
-        index: Index,
+        home: Home,
         state: State,
         bridge: FittedMap,
         known: Yardstick,
-        new: Index,
+        new: Home,
         stamp: Any,
     ) -> None:
-        self.index = index
+        self.home = home
         self.state = state
         self.bridge = bridge
         self.known = known
@@ -83,17 +83,17 @@ class Upgrading:
         self._new_keys: dict[Any, tuple[NDArray[np.int64], ...]] = {}
 
     @classmethod
-    def open(cls, index: Index, before: Upgrading | None = None) -> Upgrading | None:
+    def open(cls, home: Home, before: Upgrading | None = None) -> Upgrading | None:
         """Open what ``upgrade.json`` stands for; None if it has just gone.
 
         What ``before`` has of the same upgrade, all but its bridge, need not be read again.
         """
-        folder = index.path / FOLDER
+        folder = home.path / FOLDER
         state = None
         while True:
             earlier = state
             try:
-                state = State.load(index.path / STATE)
+                state = State.load(home.path / STATE)
             except FileNotFoundError:
                 return None
             bridge_name, known_name = (folder / name for name in bridge_names(state.fit))
@@ -110,13 +110,14 @@ class Upgrading:
             break
         stamp = durable.signature(folder / NEW / STAMP)
         if before is not None and before.stamp == stamp:
-            found = cls(index, state, bridge, known, before.new, stamp)
+            found = cls(home, state, bridge, known, before.new, stamp)
             found._sides, found._old_keys = before._sides, before._old_keys
             found._new_keys = before._new_keys
             return found
-        durability = index._store.durability
-        new = Index.open(folder / NEW, durability=durability, show_progress=index.show_progress)
-        return cls(index, state, bridge, known, new, stamp)
+        new = Home.open(
+            folder / NEW, durability=home.store.durability, show_progress=home.show_progress
+        )
+        return cls(home, state, bridge, known, new, stamp)
 
     @property
     def space(self) -> Space:
@@ -141,8 +142,8 @@ class Upgrading:
             try:
                 return old, self._found(plan, queries, filter, threads, old, new)
             except Damaged as error:  # of which side it is, is not said; both can be made again
-                self.index._mended(old, error)
-                self.new._mended(new, error)
+                self.home.mended(old, error)
+                self.new.mended(new, error)
         old, new = self.views()
         return old, self._found(plan, queries, filter, threads, old, new)
 
@@ -186,7 +187,7 @@ class Upgrading:
 
     def views(self) -> tuple[View, View]:
         """Return both sides as they are now."""
-        return self.index._seen(), self.new._seen()
+        return self.home.view(), self.new.view()
 
     def sides(self, old: View, new: View) -> Sides:
         """Join two views: whose vectors count for which row."""
@@ -217,11 +218,11 @@ class Upgrading:
         The record of the old index stays the truth: rows of the new Space get, as old vectors,
         what the bridge makes of them, and their own are added here, keyed to that write.
         """
-        with tempfile.TemporaryFile(dir=self.new._store.path) as spool:
+        with tempfile.TemporaryFile(dir=self.new.store.path) as spool:
             kept: list[tuple[Any, int]] = []
-            written = self.index._write(how, self._old_rows(rows, kept, spool))
+            written = self.home.write(how, self._old_rows(rows, kept, spool))
             if kept:
-                self.new.upsert(self._new_rows(kept, spool, written.version))
+                self.new.write("upsert", self._new_rows(kept, spool, written.version))
         return written
 
     def _old_rows(self, rows: Any, kept: list[Any], spool: Any) -> Iterator[Any]:
@@ -239,8 +240,7 @@ class Upgrading:
 
     def _new_rows(self, kept: list[Any], spool: Any, version: int) -> Iterator[Batch]:
         spool.seek(0)
-        self.index._refreshed()
-        snapshot = self.index._store.snapshot
+        snapshot = self.home.snapshot()
         for ids, n in kept:
             array = np.frombuffer(spool.read(4 * n * self.space.size), np.float32)
             rows = snapshot.look_up(snapshot.layout.id_column(ids))

@@ -17,6 +17,7 @@ import numpy as np
 
 from nestvec._atomic import written_beside
 from nestvec._progress import progress
+from nestvec.search.index import Index
 from nestvec.search.store import Batch, Keys
 from nestvec.search.transition import FOLDER
 from nestvec.search.upgrading import Upgrading
@@ -33,6 +34,7 @@ _FRAGMENTS = 64  # pieces of the new index before they are joined
 
 
 def backfill(
+    index: Index,
     upgrading: Upgrading,
     vectors: NewVectors,
     *,
@@ -48,7 +50,7 @@ def backfill(
 ) -> int:
     """Re-embed until no row is pending that ``vectors`` can make; return how many were."""
     # made vectors fit rows as they are now, and none that is written from here on
-    newest = upgrading.index.version if vectors.is_made else None
+    newest = index.version if vectors.is_made else None
     sides = upgrading.sides(*upgrading.views())
     n_pending = int(np.count_nonzero(~sides.is_done))
     total = n_pending if max_rows is None else min(n_pending, max_rows)
@@ -59,7 +61,7 @@ def backfill(
             keys = upgrading.sides(old, new).keys
             with pieces.not_counted():
                 rows = pending_rows(
-                    order, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
+                    order, index, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
                 )
             if newest is not None:
                 rows = rows[keys.updated[rows] <= newest]
@@ -84,7 +86,7 @@ def backfill(
                 pieces.flush()
             with pieces.not_counted():
                 if learn and learning.again(upgrading, seed=seed):
-                    pieces.upgrading = upgrading = upgrading.index._upgrading() or upgrading
+                    pieces.upgrading = upgrading = index._upgrading() or upgrading
         return pieces.n
 
 
@@ -127,20 +129,20 @@ class _Pieces:
         if not held:
             return
         new = self.upgrading.new
-        new.upsert(piece(vectors, keys) for vectors, keys in held)
+        new.write("upsert", (piece(vectors, keys) for vectors, keys in held))
         n = sum(len(vectors) for vectors, _ in held)
         self.n += n
         self.flushed = time.monotonic()
         self.advance(n)
         self._say_pace()
-        with new._written() as store:
+        with new.written() as store:
             if len(store.snapshot.dataset.get_fragments()) > _FRAGMENTS:
                 store.compact()
 
     def _say_pace(self) -> None:
         seconds = self.flushed - self.started
         said = {"order": self.order, "rows": self.n, "seconds": seconds, "limit": self.limit}
-        with written_beside(self.upgrading.index.path / FOLDER / PACE) as scratch:
+        with written_beside(self.upgrading.home.path / FOLDER / PACE) as scratch:
             scratch.write_text(json.dumps(said) + "\n", encoding="utf-8")
 
 

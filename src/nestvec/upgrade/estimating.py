@@ -109,8 +109,7 @@ def sample_texts(
     index: Index, column: str, n: int, *, seed: int = 0
 ) -> tuple[np.ndarray, list[Any], int]:
     """Return ids and texts of ``n`` rows drawn at random, and the version they are of."""
-    index._refreshed()
-    snapshot = index._store.snapshot
+    snapshot = index._home.snapshot()
     row_ids = snapshot.keys().row_ids
     if not len(row_ids):
         raise DataError(f"{index.path} has no rows: nothing is to be upgraded.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from nestvec._progress import progress
 from nestvec.errors import DataError
-from nestvec.search.index import Index
+from nestvec.search.home import Home
 from nestvec.search.store import Batch, Store
 from nestvec.search.store.layout import point_to
 from nestvec.search.store.snapshot import as_matrix
@@ -48,7 +48,7 @@ def finish(upgrading: Upgrading, store: Store, *, drop_pending: bool, show_progr
             durability=store.durability,
             rows=_rows(upgrading, old, new, advance),
         )
-    Index(made, show_progress=show_progress)._seen()  # so that no search waits for it
+    Home(made, show_progress=show_progress).view()  # so that no search waits for it
     point_to(store.root, home)
     with contextlib.suppress(OSError):
         os.utime(store.path / "record" / "_versions")  # readers look whether they are behind

@@ -81,13 +81,13 @@ def again(upgrading: Upgrading, *, seed: int) -> bool:
             pass
         else:
             changed = replace(changed, calibration=scale, fit=state.fit + 1)
-    folder = upgrading.index.path / FOLDER
+    folder = upgrading.home.path / FOLDER
     bridge_name, known_name = bridge_names(changed.fit)
     if known is not None:
         made.save(folder / bridge_name)
         with written_beside(folder / known_name) as scratch:
             known.save(scratch)
-    with written_beside(upgrading.index.path / STATE) as scratch:
+    with written_beside(upgrading.home.path / STATE) as scratch:
         changed.save(scratch)
     for path in folder.iterdir():  # also what a kill has left
         of_a_bridge = path.name.lstrip(".").startswith(("bridge", "sample"))

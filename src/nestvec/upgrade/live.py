@@ -178,8 +178,7 @@ class Upgrade:
         found = _opened(index, show_progress)
         _check_none(found)
         _check_sample(found, sample, queries, column)
-        found._refreshed()
-        snapshot = found._store.snapshot
+        snapshot = found._home.snapshot()
         row_ids = snapshot.rows_of(sample.ids)
         stored = as_matrix(snapshot.read(row_ids, ["vector"])["vector"]).astype(np.float32)
         old = Embeddings(stored, snapshot.layout.space, sample.ids)
@@ -197,7 +196,7 @@ class Upgrade:
         first = None
         if len(true):
             first = filling.piece(sample[true], Keys(row_ids[true], updated[true]))
-        with found._written() as store, store.locked():
+        with found._home.written() as store, store.locked():
             tidy(store)
             _check_none(found)
             begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -330,6 +329,7 @@ class Upgrade:
             if batch_size is None:
                 batch_size = 8192 if vectors.is_made else 256
             return filling.backfill(
+                self.index,
                 upgrading,
                 vectors,
                 order=order,
@@ -359,14 +359,14 @@ class Upgrade:
         DataError
             If rows are pending.
         """
-        with self._alone() as upgrading, self.index._written() as store, store.locked():
+        with self._alone() as upgrading, self.index._home.written() as store, store.locked():
             n_rows = finishing.finish(
                 upgrading,
                 store,
                 drop_pending=drop_pending,
                 show_progress=self.index.show_progress,
             )
-        with self.index._written() as store, store.locked():  # the new one
+        with self.index._home.written() as store, store.locked():  # the new one
             tidy(store)
         return n_rows
 
@@ -377,7 +377,7 @@ class Upgrade:
         Tells whether there was such; it is waste, and `nestvec.Index.compact` removes it, too.
         """
         found = _opened(index, False)
-        with found._written() as store, store.locked():
+        with found._home.written() as store, store.locked():
             return tidy(store)
 
     def rollback(self) -> NDArray[Any]:
@@ -386,7 +386,7 @@ class Upgrade:
         Returns the ids of rows that were written with new vectors meanwhile, (n,): they stay, and
         their old vectors are what the bridge made. Write them again with the old model.
         """
-        with self._alone() as upgrading, self.index._written() as store, store.locked():
+        with self._alone() as upgrading, self.index._home.written() as store, store.locked():
             old, new = upgrading.views()
             sides = upgrading.sides(old, new)
             bridged = np.flatnonzero(sides.is_done)[sides.bridged]
@@ -401,7 +401,7 @@ class Upgrade:
     # --- inside -----------------------------------------------------------------------------------
 
     def _under_way(self) -> Upgrading:
-        self.index._follow()
+        self.index._home.follow()
         found = self.index._upgrading()
         if found is None:
             raise StorageError(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nestvec import _checks
 from nestvec.errors import DataError
+from nestvec.search.index import Index
 from nestvec.search.store.snapshot import as_matrix
 from nestvec.search.upgrading import Sides, Upgrading
 from nestvec.search.view import View
@@ -26,6 +27,7 @@ _DEEP = 100  # answers that are looked at
 
 def pending_rows(
     order: str,
+    index: Index,
     upgrading: Upgrading,
     old: View,
     new: View,
@@ -48,7 +50,7 @@ def pending_rows(
     if order == "random" or not len(pending):
         return shuffled
     if order == "traffic":
-        traffic = found_by(upgrading, queries) if queries is not None else traffic
+        traffic = found_by(index, queries) if queries is not None else traffic
         return shuffled[_by_traffic(sides, old, shuffled, traffic or {})]
     worth = _expected_misses(upgrading, sides, old, new, shuffled)
     return shuffled[np.argsort(-worth, kind="stable")]
@@ -79,14 +81,14 @@ def count_ids(ids: Iterable[Any]) -> dict[Any, float]:
     return counts
 
 
-def found_by(upgrading: Upgrading, queries: Embeddings) -> dict[Any, float]:
+def found_by(index: Index, queries: Embeddings) -> dict[Any, float]:
     """Return what rows are worth to a log of queries: 1 / their place, as often as it is asked.
 
     Only what stands high can be displaced, or become an answer, when its true vector comes.
     """
     distinct, counts = np.unique(queries.array, axis=0, return_counts=True)
     most = np.argsort(-counts, kind="stable")[:_MOST_QUERIES]
-    hits = upgrading.index.search(Embeddings(distinct[most], queries.space), _DEEP)
+    hits = index.search(Embeddings(distinct[most], queries.space), _DEEP)
     worth: dict[Any, float] = {}
     for ids, count in zip(hits.ids.tolist(), counts[most].tolist(), strict=True):
         for place, one in enumerate(ids, 1):
