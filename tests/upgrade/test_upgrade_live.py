@@ -1,5 +1,6 @@
 """An index under upgrade answers both models, loses nothing, and is always whole: old or new."""
 
+import errno
 import hashlib
 import time
 
@@ -226,7 +227,91 @@ def test_a_write_that_is_refused_writes_to_neither_side(index, upgrade):
     assert (index.version, index._upgrading().new.snapshot().version) == versions
 
 
+def half_done(index, error, monkeypatch):
+    """Write three rows of the new space, one as new; whatever takes their new vectors raises."""
+    index.delete([199])
+
+    def raises(*words):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nestvec.search.upgrading.Upgrading._new_rows", raises)
+        index.upsert(iter([batch(1, [3, 150], 5), batch(0, [4], 4), batch(1, [199], 6)]))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (OSError(errno.ENOSPC, "full"), StorageError, "3 rows were written .* were not .full"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["disk", "Ctrl-C"],
+)
+def test_rows_whose_new_vectors_were_not_written_are_known(
+    index, upgrade, monkeypatch, error, raised, said
+):
+    with pytest.raises(raised, match=said):
+        half_done(index, error, monkeypatch)
+    assert w.held(index) == dict.fromkeys(range(IDS), 0) | {3: 5, 150: 5, 4: 4, 199: 6}
+    for seen in (upgrade, Upgrade.open(index.path)):
+        assert (seen.status().bridged, seen.status().done) == (3, 60 - 2)
+    assert not {3, 150, 199, 4} & done_ids(upgrade)
+    hits = index.search(vectors(1, [3, 150], 5), 1)  # by the bridge, there and back
+    np.testing.assert_array_equal(hits.ids[:, 0], [3, 150])
+    index.upsert(batch(0, [150], 7))  # this one by the old model, all of it
+    fill(upgrade)  # the other two have their new vectors now, and bridged old ones still
+    status = upgrade.status()
+    assert (status.pending, status.bridged) == (0, 2)
+    assert sorted(upgrade.rollback().tolist()) == [3, 199]
+
+
+def test_rows_that_were_half_written_may_be_written_again(index, upgrade, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        half_done(index, KeyboardInterrupt(), monkeypatch)
+    index.upsert(iter([batch(1, [3, 150], 5), batch(1, [199], 6)]))
+    assert {3, 150, 199} <= done_ids(upgrade)
+    assert upgrade.status().bridged == 3
+    assert_as_by_hand(upgrade)
+
+
+def test_a_refused_write_leaves_no_row_half_written(index, upgrade, monkeypatch):
+    with pytest.raises(DataError, match="exists"):
+        index.add(batch(1, [3], 5))
+    index.upsert(batch(0, [3], 7))  # of the version that the refused one would have had
+    assert upgrade.status().bridged == 0
+
+
+def test_an_upgrade_that_ends_while_rows_come_refuses_them(index, upgrade):
+    def rows():
+        yield batch(1, [3], 5)
+        upgrade.rollback()
+
+    with pytest.raises(StorageError, match=r"was ended while .* Nothing was written"):
+        index.upsert(rows())
+    assert w.held(index) == dict.fromkeys(range(IDS), 0)
+
+
 # --- backfilling ----------------------------------------------------------------------------------
+
+
+def test_a_vector_that_is_written_meanwhile_is_not_overwritten(index, upgrade):
+    """A row changes while the backfill holds what it was: by the new model, and by the old."""
+    ahead = Index.open(index.path)
+    known, rows = embed(1), []
+
+    def source(texts):
+        if not rows:
+            rows.extend(int(text.split()[0]) for text in texts)
+            ahead.upsert(iter([batch(1, rows[:2], 5), batch(0, rows[2:3], 5)]))
+        return known(texts)
+
+    upgrade.backfill(source, column="text", learn=False)
+    status = upgrade.status()
+    assert (status.pending, status.bridged) == (0, 2)
+    hits = index.search(vectors(1, rows[:3], 5), 1)
+    np.testing.assert_array_equal(hits.ids[:, 0], rows[:3])
+    np.testing.assert_allclose(hits.scores, 1, atol=1e-6)
+    assert sorted(upgrade.rollback().tolist()) == sorted(rows[:2])
 
 
 def asked_for(upgrade, **options):

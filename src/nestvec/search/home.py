@@ -19,7 +19,7 @@ from nestvec.search.derived import Derived
 from nestvec.search.generation import Generation
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Snapshot, Store, Written
-from nestvec.search.store.incoming import gathered
+from nestvec.search.store.incoming import Incoming, gathered
 from nestvec.search.store.store import Moved
 from nestvec.search.stored_plan import StoredPlan
 from nestvec.search.view import View
@@ -118,15 +118,25 @@ class Home:
 
     def write(self, how: str, rows: Any) -> Written:
         """Write batches of rows in one version: ``how`` is ``"append"`` or ``"upsert"``."""
+        with self.writing(rows) as ready:
+            if ready is None:
+                return Written(self.snapshot().version)
+            store, new = ready
+            return store.put_locked(how, new)
+
+    @contextlib.contextmanager
+    def writing(self, rows: Any) -> Iterator[tuple[Store, Incoming] | None]:
+        """Yield a store whose lock is held, and checked rows for it; None if there are no rows."""
         # whatever makes them may take its time, and may write to this index itself
         checked_for = self.store
         with gathered(rows, checked_for.layout, checked_for.path) as new:
             if new is None:
-                return Written(self.snapshot().version)
-            with self.written() as store:
+                yield None
+                return
+            with self.written() as store, store.locked():
                 if store.path != checked_for.path:
                     raise Moved(self.path)
-                return getattr(store, how)(new)
+                yield store, new
 
     # --- views ------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@
       new/                 an index of the new Space, of the rows that have new vectors
       lock                 held by who backfills, finishes or rolls back
       backfill.json        how fast the last backfill was
+      written-VERSION.npz  ids that this version of the old index has through the bridge, while
+                           their new vectors are being written
 
 A row of ``new/`` is true while the record of the old index has the row ``of_row`` with the version
 of last update ``of_version``: so an upsert or a delete there needs no second write here. Rows of
@@ -59,6 +61,11 @@ def bridge_names(fit: int) -> tuple[str, str]:
         if not fit
         else (f"bridge-{fit}", f"sample-{fit}.safetensors")
     )
+
+
+def half_written(version: int | str) -> str:
+    """Return the name of the file that says what a version of the old index waits for."""
+    return f"written-{version}.npz"
 
 
 @dataclass(frozen=True)

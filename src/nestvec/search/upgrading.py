@@ -8,22 +8,25 @@ masked in the second's.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nestvec.errors import FileFormatError, NestvecError
+from nestvec._atomic import written_beside
+from nestvec._extras import require
+from nestvec.errors import FileFormatError, NestvecError, StorageError
 from nestvec.maps.base import FittedMap, load_map
 from nestvec.search import engine
 from nestvec.search.cascade import Cascade, Plan, Stage
 from nestvec.search.home import Home
 from nestvec.search.sealed import Damaged
 from nestvec.search.store import Batch, Keys, Snapshot, Store, Written, durable
-from nestvec.search.store.incoming import batches_of
+from nestvec.search.store.incoming import Incoming, batches_of
 from nestvec.search.store.layout import STAMP
 from nestvec.search.transition import (
     FOLDER,
@@ -33,10 +36,13 @@ from nestvec.search.transition import (
     State,
     Yardstick,
     bridge_names,
+    half_written,
     home_name,
 )
 from nestvec.search.view import Mask, View
 from nestvec.space import Embeddings, Space
+
+pa = require("pyarrow", extra="index", why="an index")
 
 
 class Sides(NamedTuple):
@@ -56,7 +62,7 @@ class Sides(NamedTuple):
     new_row: NDArray[np.int64]
     """Row id in the new index of each that is done, (n_done,), in the same order."""
     bridged: NDArray[np.bool_]
-    """Which of the done have an old vector that the bridge made, (n_done,)."""
+    """Which of all have an old vector that the bridge made, (n,)."""
 
 
 class Upgrading:
@@ -196,10 +202,10 @@ class Upgrading:
                 return self._sides[2]
             if self._old_keys is None or self._old_keys[0] is not old.snapshot:
                 self._old_keys = old.snapshot, old.snapshot.keys()
+            keys = self._old_keys[1]
             row_ids, updated, of_row, of_version, bridged = self._keys_of_new(new.snapshot)
-            found = _joined(
-                old, new, self._old_keys[1], Keys(row_ids, updated), of_row, of_version, bridged
-            )
+            found = _joined(old, new, keys, Keys(row_ids, updated), of_row, of_version, bridged)
+            self._add_half_written(found, old.snapshot)
             self._sides = old, new, found
             return found
 
@@ -210,20 +216,73 @@ class Upgrading:
         parts = zip(none, *self._new_keys.values(), strict=True)
         return tuple(np.concatenate(part) for part in parts)
 
+    def _add_half_written(self, sides: Sides, snapshot: Snapshot) -> None:
+        """Mark pending rows whose new vectors a `put` was to write and did not, as bridged."""
+        for file in (self.home.path / FOLDER).glob(half_written("*")):
+            with contextlib.suppress(FileNotFoundError), np.load(file) as ids:  # it is whole now
+                rows = snapshot.look_up(snapshot.layout.id_column(ids["ids"]))
+                of_it = sides.keys.updated == int(file.stem.partition("-")[2])
+                sides.bridged[of_it & np.isin(sides.keys.row_ids, rows)] = True
+
     # --- writing ----------------------------------------------------------------------------------
 
     def put(self, how: str, rows: Any) -> Written:
         """Write rows of either Space to the index.
 
         The record of the old index stays the truth: rows of the new Space get, as old vectors,
-        what the bridge makes of them, and their own are added here, keyed to that write.
+        what the bridge makes of them, and their own are added here, keyed to that write. Between
+        the two a file names those rows, or nobody would know what a kill there left.
         """
-        with tempfile.TemporaryFile(dir=self.new.store.path) as spool:
-            kept: list[tuple[Any, int]] = []
-            written = self.home.write(how, self._old_rows(rows, kept, spool))
-            if kept:
+        kept: list[tuple[Any, int]] = []
+        with (
+            tempfile.TemporaryFile(dir=self.new.store.path) as spool,
+            self.home.writing(self._old_rows(rows, kept, spool)) as ready,
+        ):
+            if ready is None:
+                return Written(self.home.snapshot().version)
+            store, old_rows = ready
+            if not kept:
+                return store.put_locked(how, old_rows)
+            if durable.signature(self.new.path / STAMP) != self.stamp:
+                raise StorageError(
+                    f"the upgrade of {self.home.path} to {self.space.label} was ended while rows "
+                    f"of that space were on their way. Nothing was written."
+                )
+            note = self.home.path / FOLDER / half_written(store.version + 1)
+            with written_beside(note) as scratch, scratch.open("wb") as file:
+                np.savez(file, ids=np.concatenate([np.asarray(ids) for ids, _ in kept]))
+            try:
+                written = store.put_locked(how, old_rows)
+            except Exception:
+                with contextlib.suppress(Exception):
+                    store.refresh()
+                    if store.version < int(note.stem.partition("-")[2]):
+                        note.unlink()
+                raise
+            try:
                 self.new.write("upsert", self._new_rows(kept, spool, written.version))
+            except Exception as error:
+                raise StorageError(
+                    f"{sum(n for _, n in kept):,} rows were written to {self.home.path}, but their "
+                    f"new vectors were not ({durable.reason(error.__cause__ or error)}). Until "
+                    f"you upsert the rows again, or a backfill makes the vectors, they are found "
+                    f"by what the bridge made of them."
+                ) from error
+            note.unlink()
         return written
+
+    def fill(self, pieces: Iterable[Batch]) -> None:
+        """Write new vectors of pending rows (`keyed`), but for those that have newer ones."""
+        table = pa.concat_tables([self.new.store.layout.table(piece) for piece in pieces])
+        with self.new.written() as store, store.locked():
+            snapshot = store.snapshot
+            rows = snapshot.look_up(table["id"].combine_chunks())
+            there = rows >= 0
+            newest = np.full(len(rows), -1)
+            newest[there] = snapshot.read(rows[there], ["of_version"])["of_version"].to_numpy()
+            table = table.filter(pa.array(newest < table["of_version"].to_numpy()))
+            if len(table):
+                store.put_locked("upsert", Incoming(table, table["id"]))
 
     def _old_rows(self, rows: Any, kept: list[Any], spool: Any) -> Iterator[Any]:
         for batch in batches_of(rows):
@@ -251,6 +310,12 @@ class Upgrading:
             )
 
 
+def keyed(vectors: Embeddings, keys: Keys, bridged: NDArray[np.bool_]) -> Batch:
+    """Return rows as the new index takes them: each keyed to what its vector was made of."""
+    of = {"of_row": keys.row_ids, "of_version": keys.updated}
+    return Batch(vectors, payload={**of, "bridged": bridged})
+
+
 def _joined(
     old: View,
     new: View,
@@ -266,8 +331,8 @@ def _joined(
     at = order[at[true]]
     still = (keys.row_ids[at] == of_row[true]) & (keys.updated[at] == of_version[true])
     true[true], at = still, at[still]
-    is_done = np.zeros(len(order), np.bool_)
-    is_done[at] = True
+    is_done, by_bridge = np.zeros((2, len(order)), np.bool_)
+    is_done[at], by_bridge[at] = True, bridged[true]
     by_place = np.argsort(at, kind="stable")
     numbers = old.rows_of(keys)
     new_numbers = new.rows_of(Keys(new_keys.row_ids[true], new_keys.updated[true]))
@@ -280,7 +345,7 @@ def _joined(
         keys=keys,
         is_done=is_done,
         new_row=new_keys.row_ids[true][by_place],
-        bridged=bridged[true][by_place],
+        bridged=by_bridge,
     )
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from nestvec._atomic import written_beside
 from nestvec._progress import progress
 from nestvec.search.index import Index
-from nestvec.search.store import Batch, Keys
+from nestvec.search.store import Batch
 from nestvec.search.transition import FOLDER
-from nestvec.search.upgrading import Upgrading
+from nestvec.search.upgrading import Upgrading, keyed
 from nestvec.space import Embeddings
 from nestvec.upgrade import learning
 from nestvec.upgrade.order import pending_rows
@@ -58,7 +58,8 @@ def backfill(
         pieces = _Pieces(upgrading, order, rows_per_second, advance)
         while max_rows is None or pieces.n < max_rows:
             old, new = upgrading.views()
-            keys = upgrading.sides(old, new).keys
+            sides = upgrading.sides(old, new)
+            keys = sides.keys
             with pieces.not_counted():
                 rows = pending_rows(
                     order, index, upgrading, old, new, traffic=traffic, queries=queries, seed=seed
@@ -79,21 +80,16 @@ def backfill(
             size = max(1, int(size))
             try:
                 for start in range(0, len(rows), size):
-                    some = keys.at(rows[start : start + size])
-                    table = old.snapshot.read(some.row_ids, vectors.columns)
-                    pieces.add(vectors(table), some)
+                    some = rows[start : start + size]
+                    table = old.snapshot.read(keys.row_ids[some], vectors.columns)
+                    made = keyed(vectors(table), keys.at(some), sides.bridged[some])
+                    pieces.add(made, len(some))
             finally:  # also when it is interrupted: what is made is kept
                 pieces.flush()
             with pieces.not_counted():
                 if learn and learning.again(upgrading, seed=seed):
                     pieces.upgrading = upgrading = index._upgrading() or upgrading
         return pieces.n
-
-
-def piece(vectors: Embeddings, keys: Keys) -> Batch:
-    """Return rows as the new index takes them: each keyed to what its vector was made of."""
-    of = {"of_row": keys.row_ids, "of_version": keys.updated}
-    return Batch(vectors, payload={**of, "bridged": np.zeros(len(vectors), np.bool_)})
 
 
 class _Pieces:
@@ -104,8 +100,8 @@ class _Pieces:
     ) -> None:
         self.upgrading, self.advance = upgrading, advance
         self.order, self.limit = order, rows_per_second
-        self.n = 0
-        self.held: list[tuple[Embeddings, Keys]] = []
+        self.n = self.n_held = 0
+        self.held: list[Batch] = []
         self.started = self.flushed = time.monotonic()
 
     @contextlib.contextmanager
@@ -115,22 +111,21 @@ class _Pieces:
         yield
         self.started += time.monotonic() - began
 
-    def add(self, vectors: Embeddings, keys: Keys) -> None:
-        self.held.append((vectors, keys))
-        n_held = sum(len(one) for one, _ in self.held)
+    def add(self, piece: Batch, n: int) -> None:
+        self.held.append(piece)
+        self.n_held += n
         if self.limit is not None:
-            ahead = (self.n + n_held) / self.limit - (time.monotonic() - self.started)
+            ahead = (self.n + self.n_held) / self.limit - (time.monotonic() - self.started)
             time.sleep(max(0.0, ahead))
-        if n_held >= _ROWS_A_PIECE or time.monotonic() - self.flushed >= _S_A_PIECE:
+        if self.n_held >= _ROWS_A_PIECE or time.monotonic() - self.flushed >= _S_A_PIECE:
             self.flush()
 
     def flush(self) -> None:
-        held, self.held = self.held, []
+        held, n, self.held, self.n_held = self.held, self.n_held, [], 0
         if not held:
             return
         new = self.upgrading.new
-        new.write("upsert", (piece(vectors, keys) for vectors, keys in held))
-        n = sum(len(vectors) for vectors, _ in held)
+        self.upgrading.fill(held)
         self.n += n
         self.flushed = time.monotonic()
         self.advance(n)

@@ -104,7 +104,8 @@ def _due_at(state: State) -> int:
 
 def _with_two_vectors(upgrading: Upgrading, old: View, new: View) -> NDArray[np.int64]:
     """Return which done rows have two vectors, each by its own model."""
-    return np.flatnonzero(~upgrading.sides(old, new).bridged)
+    sides = upgrading.sides(old, new)
+    return np.flatnonzero(~sides.bridged[sides.is_done])
 
 
 def _better(made: FittedMap, used: FittedMap, new: Embeddings, old: Embeddings) -> bool:

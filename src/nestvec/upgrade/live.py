@@ -43,7 +43,7 @@ from nestvec.search.transition import (
     home_name,
     tidy,
 )
-from nestvec.search.upgrading import Upgrading
+from nestvec.search.upgrading import Upgrading, keyed
 from nestvec.space import Embeddings, Space
 from nestvec.upgrade import backfill as filling
 from nestvec.upgrade import finish as finishing
@@ -195,7 +195,8 @@ class Upgrade:
         true = np.flatnonzero(updated <= (snapshot.version if version is None else version))
         first = None
         if len(true):
-            first = filling.piece(sample[true], Keys(row_ids[true], updated[true]))
+            own = np.zeros(len(true), np.bool_)
+            first = keyed(sample[true], Keys(row_ids[true], updated[true]), own)
         with found._home.written() as store, store.locked():
             tidy(store)
             _check_none(found)
@@ -389,8 +390,7 @@ class Upgrade:
         with self._alone() as upgrading, self.index._home.written() as store, store.locked():
             old, new = upgrading.views()
             sides = upgrading.sides(old, new)
-            bridged = np.flatnonzero(sides.is_done)[sides.bridged]
-            ids = old.ids(old.rows_of(sides.keys.at(bridged)))
+            ids = old.ids(old.rows_of(sides.keys.at(np.flatnonzero(sides.bridged))))
             folder = self.index.path / FOLDER
             with durable.storage_errors(folder):
                 (self.index.path / STATE).unlink()

@@ -335,24 +335,7 @@ class Store:
         StorageError
             If the disk refuses; nothing is written.
         """
-        with gathered(rows, self.layout, self.path) as new:
-            if new is None:
-                return Written(self.version)
-            with self.locked():
-                there = self.snapshot.look_up(_array(new.ids)) >= 0
-                if there.any():
-                    first = new.ids[int(there.argmax())].as_py()
-                    raise DataError(
-                        f"id {first!r} exists ({int(there.sum())} of {len(there)} ids do). "
-                        f"upsert() replaces rows, add() only adds them."
-                    )
-                fragments = self._undone_if_it_fails(
-                    lambda: lance.fragment.write_fragments(
-                        new.rows, self.snapshot.dataset, max_rows_per_file=_FRAGMENT_ROWS
-                    )
-                )
-                self._commit(lance.LanceOperation.Append(fragments), fragments)
-                return Written(self.version, inserted=len(there))
+        return self._put("append", rows)
 
     def upsert(self, rows: Batches) -> Written:
         """Add rows, or replace those whose ids exist; all in one version.
@@ -360,13 +343,35 @@ class Store:
         A row that is replaced keeps its row id and gets a new version of last update, also if the
         values are the same. Parameters and errors are those of `append`.
         """
+        return self._put("upsert", rows)
+
+    def _put(self, how: str, rows: Batches) -> Written:
         with gathered(rows, self.layout, self.path) as new:
             if new is None:
                 return Written(self.version)
             with self.locked():
-                merge = self.snapshot.dataset.merge_insert("id")
-                merge.when_matched_update_all().when_not_matched_insert_all()
-                return self._merge(merge, new.rows)
+                return self.put_locked(how, new)
+
+    def put_locked(self, how: str, new: Incoming) -> Written:
+        """Do what `append` or `upsert` does, for one who holds the lock already."""
+        if how == "upsert":
+            merge = self.snapshot.dataset.merge_insert("id")
+            merge.when_matched_update_all().when_not_matched_insert_all()
+            return self._merge(merge, new.rows)
+        there = self.snapshot.look_up(_array(new.ids)) >= 0
+        if there.any():
+            first = new.ids[int(there.argmax())].as_py()
+            raise DataError(
+                f"id {first!r} exists ({int(there.sum())} of {len(there)} ids do). "
+                f"upsert() replaces rows, add() only adds them."
+            )
+        fragments = self._undone_if_it_fails(
+            lambda: lance.fragment.write_fragments(
+                new.rows, self.snapshot.dataset, max_rows_per_file=_FRAGMENT_ROWS
+            )
+        )
+        self._commit(lance.LanceOperation.Append(fragments), fragments)
+        return Written(self.version, inserted=len(there))
 
     def delete(self, ids: Ids, *, missing_ok: bool = False) -> Written:
         """Remove rows by their ids, all in one version.
