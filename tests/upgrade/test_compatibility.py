@@ -60,13 +60,22 @@ def test_series_is_asked_model_by_model(rng):
         for j in range(i)
     }
     labels = {"doc_labels": kinds[:40], "query_labels": kinds[40:]}
-    found = compatibility_matrix(models, bridges=bridges, **labels, k=3).values
+    whole = compatibility_matrix(models, bridges=bridges, **labels, k=3)
+    found = whole.values
+    by_query = np.zeros((3, 3, 20))
     for i in range(3):
         for j in range(i + 1):
             asks = bridges[i, j].transform(models[i][1]) if j < i else models[i][1]
             order = np.argsort(-(asks.array @ models[j][0].array.T), axis=1)[:, :3]
-            by_hand = (kinds[:40][order] == kinds[40:, None]).mean()
-            assert found[i, j] == pytest.approx(by_hand)
+            by_query[i, j] = (kinds[:40][order] == kinds[40:, None]).mean(axis=1)
+            assert found[i, j] == pytest.approx(by_query[i, j].mean())
+    draws = rng.integers(20, size=(4000, 20))
+    for i, j in ((1, 0), (2, 0), (2, 1)):
+        margins = (by_query[i, j] - by_query[j, j])[draws].mean(axis=1)
+        low, high = np.percentile(margins, [2.5, 97.5])
+        assert (whole.low[i, j], whole.high[i, j]) == pytest.approx((low, high), abs=0.02)
+    assert np.triu(whole.low).tolist() == np.triu(whole.high).tolist() == np.zeros((3, 3)).tolist()
+    assert whole.to_dict()["margins_low"] == whole.low.tolist()
 
 
 def test_series_at_a_size_cuts_both_sides(rng):

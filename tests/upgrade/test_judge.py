@@ -7,6 +7,7 @@ import pytest
 
 import nestvec as nv
 from nestvec.errors import DataError, SpaceMismatchError
+from nestvec.maps import ProcrustesBridge
 from nestvec.maps.guard import unit
 from nestvec.measurement import metrics
 from nestvec.space import Embeddings, Space
@@ -76,7 +77,10 @@ def test_better_model_through_a_bridge_is_safe_and_better(world, rng):
     assert found.sentence().startswith("safe (better): nDCG@10 of new queries on the old gallery")
     assert [size.dim for size in found.sizes] == [DIM, 16, 8]
     assert found.n_queries == N_QUERIES
-    assert found.sizes[0].update_gain == pytest.approx(1, abs=0.1)
+    gain = found.sizes[0].update_gain
+    assert gain is not None
+    assert gain.value == pytest.approx(1, abs=0.1)
+    assert gain.low <= gain.value <= gain.high
     json.dumps(found.to_dict())
 
 
@@ -157,7 +161,48 @@ def test_gallery_that_answers_nothing_proves_nothing(world, rng):
     permuted = Embeddings(old[0].array[rng.permutation(N_DOCS)], OLD, DOC_IDS)
     found = judged((permuted, old[1]), new, bridge, qrels=world.qrels)
     assert found.verdict == "not safe"
-    assert "find no more in the old gallery than chance does" in found.sentence()
+    assert "find no more in the old gallery of 400 documents than chance" in found.sentence()
+
+
+@pytest.mark.parametrize(("n_docs", "chance"), [(8, 1.0), (12, 10 / 12), (40, 10 / 40)])
+def test_chance_is_that_of_different_documents(n_docs, chance, rng):
+    """Of 8 documents the 10 nearest are all: noise finds them, and proves nothing."""
+    old, noise = (
+        [Embeddings(unit(rng.normal(size=(n, DIM)).astype("f4")), space) for n in (n_docs, 400)]
+        for space in (OLD, NEW)
+    )
+    pairs = [unit(rng.normal(size=(60, DIM)).astype("f4")) for _ in range(2)]
+    bridge = ProcrustesBridge().fit(Embeddings(pairs[0], NEW), Embeddings(pairs[1], OLD))
+    found = judged(old, noise, bridge)
+    assert found.chance == pytest.approx(chance, abs=0.02)
+    assert found.verdict == "not safe"
+    assert (n_docs == 8) == ("than chance does" in found.sentence())
+
+
+def test_rounding_is_no_violation(world, rng):
+    old = world.model(OLD)
+    turn = rotation(rng).astype(np.float32)
+    same = tuple(side.replaced(unit(side.array @ turn), NEW) for side in old)
+    bridge = ProcrustesBridge().fit(same[2], old[2])
+    found = judged(old, same, bridge, qrels=world.qrels)
+    full = found.sizes[0]
+    assert (full.violations_relevant, full.violations_other) == (0, 0)
+    assert full.negative_flips == 0
+
+
+def test_a_share_of_no_gain_is_not_told(rng):
+    """The gain of re-embedding has to be one; the interval is that of a ratio drawn by hand."""
+    values = rng.random((3, 400)) * 0.1 + np.array([[0.5], [0.52], [0.54]])
+    found = _at_size(8, values, (0.0, 0.0), seed=3).update_gain
+    assert found is not None
+    draws = np.random.default_rng(0).integers(400, size=(4000, 400))
+    old, bridged, new = (side[draws].mean(axis=1) for side in values)
+    low, high = np.percentile((bridged - old) / (new - old), [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
+    mean = values.mean(axis=1)
+    assert found.value == pytest.approx((mean[1] - mean[0]) / (mean[2] - mean[0]))
+    values[2] = values[0] + 0.05 * rng.normal(size=400)
+    assert _at_size(8, values, (0.0, 0.0), seed=3).update_gain is None
 
 
 def test_rotated_model_is_safe_without_labels_and_a_better_one_is_not(world, rng):
@@ -220,6 +265,14 @@ def test_queries_that_the_bridge_was_fitted_on_are_left_out(world, rng):
     assert "100 queries are among the pairs" in found.notes[0]
     with pytest.raises(DataError, match="0 fresh queries"):
         judged(old, new, nv.upgrade.fit(old=old[1], new=new[1]), qrels=world.qrels)
+
+
+def test_old_queries_that_a_moving_gallery_was_fitted_on_are_left_out(world, rng):
+    old, new = world.model(OLD), world.model(NEW, turn=rotation(rng))
+    bridge = nv.upgrade.fit(old=old[1][:100], new=new[1][:100], moves="gallery")
+    found = judged(old, new, bridge, qrels=world.qrels)
+    assert found.n_queries == N_QUERIES - 100
+    assert "100 queries are among the pairs" in found.notes[0]
 
 
 def test_gallery_may_be_what_moves(world, rng):

@@ -177,7 +177,8 @@ class Bridge(FittedMap):
         It is the corner of this one: its output is this bridge's output, cut to ``dim``.
         """
         check_is_fitted(self)
-        sizes = tuple(d for d in self.dims_ if d <= self.n_features_in_)
+        n_in, n_out = self.n_features_in_, self.dims_[-1]
+        sizes = tuple(d for d in self.dims_ if d <= n_in and (d < n_out or n_in == n_out))
         if not getattr(self, "nested", False) or dim not in sizes:
             raise DataError(
                 f"this bridge has no part for prefixes of {dim} dims"

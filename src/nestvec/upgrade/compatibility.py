@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestvec.errors import DataError
+from nestvec.measurement.bootstrap import resample
 from nestvec.measurement.nearest import nearest
 from nestvec.space import Embeddings
 from nestvec.upgrade import judgement as judging
@@ -28,6 +29,9 @@ class CompatibilityMatrix:
     values : (T, T) float64
         ``values[i, j]`` is the metric of queries of model ``i`` on the gallery of model ``j``, for
         ``j <= i``; what is above the diagonal is not looked at.
+    low, high : (T, T) float64, optional
+        95% interval of each margin, paired over queries (percentile bootstrap), where it was
+        measured.
 
     Notes
     -----
@@ -46,6 +50,8 @@ class CompatibilityMatrix:
     """
 
     values: Any
+    low: Any = None
+    high: Any = None
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values, dtype=np.float64)
@@ -80,6 +86,11 @@ class CompatibilityMatrix:
             "margins": self.margins.tolist(),
             "ac": self.ac,
             "am": self.am,
+            **{
+                f"margins_{name}": one.tolist()
+                for name, one in (("low", self.low), ("high", self.high))
+                if one is not None
+            },
         }
 
 
@@ -111,12 +122,18 @@ def compatibility_matrix(
         raise DataError(f"{len(models)} model given; a series has at least two.")
     docs, queries = models[0]
     truth = truths.choose(docs, queries, qrels, doc_labels, query_labels, k)
-    values = np.zeros((len(models), len(models)))
+    n = len(models)
+    found_by = np.zeros((n, n, len(truth.asked)))
     for i, (_, asks) in enumerate(models):
         asks = judging.like(queries, asks, "queries")
         for j, (stored, _) in enumerate(models[: i + 1]):
             stored = judging.like(docs, stored, "docs")
             gallery, moved = crossed(stored, asks, (bridges or {}).get((i, j)))
             found = nearest(judging.cut(moved[truth.asked], dim), judging.cut(gallery, dim), k)
-            values[i, j] = truth.score(found).mean()
-    return CompatibilityMatrix(values)
+            found_by[i, j] = truth.score(found)
+    margins = found_by - found_by[np.arange(n), np.arange(n)]  # of the gallery's own queries
+    low, high = resample(margins.reshape(n * n, -1), seed=0).interval()
+    below = np.tril(np.ones((n, n)), k=-1)
+    return CompatibilityMatrix(
+        found_by.mean(axis=2), low.reshape(n, n) * below, high.reshape(n, n) * below
+    )

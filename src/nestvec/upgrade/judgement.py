@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nestvec._checks import normalise
 from nestvec.errors import DataError
 from nestvec.maps.alignment import Bridge, row_hashes
-from nestvec.measurement.bootstrap import resample
+from nestvec.measurement.bootstrap import Estimate, resample
 from nestvec.measurement.nearest import nearest
 from nestvec.measurement.tasks import unit
 from nestvec.search.certificate import lower_bound, n_needed
@@ -26,6 +26,7 @@ Values = NDArray[np.float64]
 
 MARGIN = 0.01  #: what new queries may lose on the old gallery and still be called safe
 _QUERIES_AT_ONCE = 256
+_ROUNDING = 1e-6  # of cosines of float32 vectors
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class AtSize:
         What the difference is above with 95% confidence at any number of queries: the smaller
         of the bootstrap's low end and a betting bound. Safe is above -0.01, better is above 0.
     update_gain
-        Share of what full re-embedding would gain that is had without it; None if it gains
-        nothing.
+        Share of what full re-embedding would gain that is had without it; None if it does not
+        gain with 95% confidence.
     negative_flips, positive_flips
         Shares of the queries that got worse and better.
     violations_relevant, violations_other
         Shares of the (query, document) pairs for which the compatibility criterion fails: a
         relevant document that is farther from the new query than from the old one, another one
-        that is nearer.
+        that is nearer (by more than a millionth, which is rounding).
     """
 
     dim: int
@@ -70,7 +71,7 @@ class AtSize:
     new_new: Score
     difference: Score
     at_least: float
-    update_gain: float | None
+    update_gain: Score | None
     negative_flips: float
     positive_flips: float
     violations_relevant: float
@@ -280,7 +281,8 @@ def judge(
     new_queries = like(old_queries, new_queries, "queries")
     gallery, asks = crossed(old_docs, new_queries, bridge)
     truth = truths.choose(old_docs, old_queries, qrels, doc_labels, query_labels, k)
-    fresh, notes = _fresh(bridge, new_queries, truth)
+    moves_gallery = bridge is not None and bridge.space_ == old_docs.space
+    fresh, notes = _fresh(bridge, old_queries if moves_gallery else new_queries, truth)
     if fresh.sum() < 2:
         raise DataError(
             f"{int(fresh.sum())} fresh queries with an answer are left of {len(old_queries)}; at "
@@ -322,15 +324,16 @@ def _judged(
         at_sizes.append(_at_size(dim, np.stack(found), violations, seed))
     n_docs, n = len(galleries[0]), int(fresh.sum())
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(n_docs, size=(len(fresh), min(k, n_docs)))
-    chance = truth.score(drawn)[fresh]
+    drawn = [rng.choice(n_docs, min(k, n_docs), replace=False) for _ in fresh]
+    chance = truth.score(np.stack(drawn))[fresh]
     old_old = truth.score(nearest(unit(asking[0]), unit(galleries[0]), k))[fresh]
     doubt = None
     if lower_bound((1 + old_old - chance) / 2, seed=seed) <= 0.5:
         doubt = (
-            f"old queries find no more in the old gallery than chance does ({truth.metric} "
-            f"{old_old.mean():.3f} against {chance.mean():.3f}), so there is nothing to compare "
-            f"with. Check that ids, labels and vectors belong together"
+            f"by {n:,} queries, old ones find no more in the old gallery of {n_docs:,} documents "
+            f"than chance does ({truth.metric} {old_old.mean():.3f} against {chance.mean():.3f}), "
+            f"so there is nothing to compare with. Check that ids, labels and vectors belong "
+            f"together, and give more documents and queries if those are few"
         )
     return Judgement(
         tuple(at_sizes),
@@ -353,7 +356,6 @@ def _at_size(dim: int, values: Values, violations: tuple[float, float], seed: in
     difference = Score(*(float(side[1]) for side in estimate.difference(to=0)))
     changes = values[1] - values[0]
     betting = 2 * lower_bound((1 + changes) / 2, seed=seed) - 1
-    gain = new_new.value - old_old.value
     return AtSize(
         dim,
         old_old,
@@ -361,12 +363,23 @@ def _at_size(dim: int, values: Values, violations: tuple[float, float], seed: in
         new_new,
         difference,
         at_least=min(betting, difference.low),
-        update_gain=difference.value / gain if gain > 0 else None,
+        update_gain=_share_of_gain(estimate),
         negative_flips=float((changes < -1e-9).mean()),
         positive_flips=float((changes > 1e-9).mean()),
         violations_relevant=violations[0],
         violations_other=violations[1],
     )
+
+
+def _share_of_gain(estimate: Estimate) -> Score | None:
+    """Return (new/old - old/old) / (new/new - old/old); None unless the latter is surely a gain."""
+    gains = estimate.draws - estimate.draws[:, [0]]
+    if np.percentile(gains[:, 2], 2.5) <= 0:
+        return None
+    real = gains[:, 2] > 0
+    low, high = np.percentile(gains[real, 1] / gains[real, 2], [2.5, 97.5])
+    value = (estimate.value[1] - estimate.value[0]) / (estimate.value[2] - estimate.value[0])
+    return Score(float(value), float(low), float(high))
 
 
 def _violations(
@@ -385,7 +398,7 @@ def _violations(
         relevant = np.zeros(change.shape, dtype=bool)
         for at, row in enumerate(block.tolist()):
             relevant[at, truth.relevant(row)] = True
-        wrong += (change[relevant] < 0).sum(), (change[~relevant] > 0).sum()
+        wrong += (change[relevant] < -_ROUNDING).sum(), (change[~relevant] > _ROUNDING).sum()
         total += relevant.sum(), (~relevant).sum()
     found = np.divide(wrong, total, out=np.zeros(2), where=total > 0)
     return float(found[0]), float(found[1])
