@@ -41,22 +41,30 @@ def fill(upgrade, **options):
     return upgrade.backfill(embed(model), column="text", **options)
 
 
-def by_hand(index, model, asked, done, bridge, scale, passes):
-    """Score all rows, each by its own rule, and sort: (id, score) pairs a query."""
+def by_hand(index, model, asked, done, bridge, scale, passes, dim=None):
+    """Score all rows, each by its own rule, and sort: (id, score) pairs a query.
+
+    Old ones at ``dim``, where the plan ends.
+    """
+
+    def old(i, value):
+        return w.normalise(w.row(model - 1, i, value)[None, :dim])[0]
+
+    slope = scale.slope if dim is None else dict(scale.slopes)[dim]
     rows = {i: value for i, value in w.held(index).items() if passes(i)}
     old_asked = bridge.transform(asked).array
     answers = []
-    for new_query, old_query in zip(asked.array, old_asked, strict=True):
+    for new_query, old_query in zip(asked.array, w.normalise(old_asked[:, :dim]), strict=True):
         # the sample: as good as its best 20 are for the one, they are for the other
         best = [sorted(w.row(model, i, 0) @ new_query for i in range(60))[-20:]]
-        best += [sorted(w.row(model - 1, i, 0) @ old_query for i in range(60))[-20:]]
-        offset = np.mean(best[0]) - scale.slope * np.mean(best[1])
+        best += [sorted(old(i, 0) @ old_query for i in range(60))[-20:]]
+        offset = np.mean(best[0]) - slope * np.mean(best[1])
         scored = []
         for i, value in rows.items():
             if i in done:
                 score = w.row(model, i, value) @ new_query
             else:
-                score = scale.slope * (w.row(model - 1, i, value) @ old_query) + offset
+                score = slope * (old(i, value) @ old_query) + offset
             scored.append((i, score))
         answers.append(sorted(scored, key=lambda pair: -pair[1]))
     return answers
@@ -78,13 +86,13 @@ def _ids(index):
     return set(snapshot.read(snapshot.keys().row_ids, ["id"])["id"].to_pylist())
 
 
-def assert_as_by_hand(upgrade, k=10, filter=None, passes=lambda i: True):
+def assert_as_by_hand(upgrade, k=10, filter=None, passes=lambda i: True, dim=None):
     index = upgrade.index
     model = w.model_of(index) + 1
     asked = queries(model)
     hits = index.search(asked, k, filter=filter, columns=["text"])
     wanted = by_hand(
-        index, model, asked, done_ids(upgrade), upgrade.bridge, upgrade.calibration, passes
+        index, model, asked, done_ids(upgrade), upgrade.bridge, upgrade.calibration, passes, dim
     )
     for found, true, texts in zip(hits, wanted, hits.payload, strict=True):
         assert len(found) == min(k, len(true))
@@ -103,23 +111,47 @@ def assert_as_by_hand(upgrade, k=10, filter=None, passes=lambda i: True):
 # --- searching ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [None, "graph(ef=300) 16:int8@200 > 16@10"])
-def test_old_and_new_rows_are_scored_each_by_its_rule_and_merged(index, plan):
+@pytest.mark.parametrize(
+    ("plan", "dim"),
+    [(None, None), ("graph(ef=300) 16:int8@200 > 16@10", None), ("8@10", 8)],
+)
+def test_old_and_new_rows_are_scored_each_by_its_rule_and_merged(index, plan, dim):
     if plan:
         index.set_plan(plan)
     upgrade = begin(index)
     for more in (0, 40, 70):
         if more:
             assert fill(upgrade, max_rows=more) == more
-        assert_as_by_hand(upgrade)
-        assert_as_by_hand(upgrade, k=IDS + 5)
-        assert_as_by_hand(upgrade, k=4, filter="id % 3 = 0", passes=lambda i: i % 3 == 0)
+        assert_as_by_hand(upgrade, dim=dim)
+        assert_as_by_hand(upgrade, k=IDS + 5, dim=dim)
+        every_third = {"filter": "id % 3 = 0", "passes": lambda i: i % 3 == 0}
+        assert_as_by_hand(upgrade, k=4, **every_third, dim=dim)
     fill(upgrade)
     hits = assert_as_by_hand(upgrade)
     every = vectors(1, range(IDS), 0)
     np.testing.assert_array_equal(
         hits.ids, np.argsort(-(queries(1).array @ every.array.T), axis=1)[:, :10]
     )
+
+
+@pytest.mark.parametrize("plan", [None, "32@10", "16@10", "8@10"])
+def test_neither_side_crowds_out_the_other_whatever_size_the_plan_ends_at(tmp_path, rng, plan):
+    """Answers come from rows that are done as often as they truly lie there."""
+    dim, n = 64, 1200
+    things = rng.normal(size=(n + 200, dim)) * np.exp(-np.arange(dim) / 10)
+    turn = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    old, new = (nv_unit(rows) for rows in (things, things @ turn))
+    old_space = nv.Space.declared("old", dim=dim, nesting_dims=(8, 16, 32, dim))
+    spaces = [old_space, nv.Space.declared("new", dim=dim)]
+    index = Index.create(tmp_path / "x", nv.Embeddings(old[:n], spaces[0], np.arange(n)))
+    if plan:
+        index.set_plan(plan)
+    some = rng.permutation(n)[: n // 2]
+    Upgrade.start(index, nv.Embeddings(new[some], spaces[1], some))
+    hits = index.search(nv.Embeddings(new[n:], spaces[1]), 10)
+    true = np.argsort(-(new[n:] @ new[:n].T), axis=1)[:, :10]
+    found, there = (np.isin(ids, some).mean() for ids in (hits.ids, true))
+    assert found == pytest.approx(there, abs=0.05)
 
 
 def test_a_row_is_found_by_what_was_written_last(index, upgrade):

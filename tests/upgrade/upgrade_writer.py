@@ -25,7 +25,8 @@ _DIMS = (16, 24)
 @functools.cache
 def space(model):
     """The Space of model 0, 1, ...; each upgrade leads to the next."""
-    return nv.Space.declared(f"model-{model}", dim=_DIMS[model % 2])
+    dim = _DIMS[model % 2]
+    return nv.Space.declared(f"model-{model}", dim=dim, nesting_dims=(8, dim))
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from nestvec._extras import require
 from nestvec.errors import FileFormatError, SpaceError
 from nestvec.search.store import Store
 from nestvec.search.store.layout import STAMP
+from nestvec.search.structures.codes import unit_prefixes
 from nestvec.space import Space
 
 pa = require("pyarrow", extra="index", why="an index")
@@ -73,38 +74,55 @@ class Calibration:
     """How scores of a bridged query and the new model's own are alike, near the best ones.
 
     From the best on, new scores fall ``slope`` times as fast. ``correlation`` of the two within the
-    rows nearest to a query, and the ``error`` that is left (rms), over ``n`` pairs.
+    rows nearest to a query, and the ``error`` that is left (rms), over ``n`` pairs. ``slopes`` has
+    (dim, slope) for each size that a plan of the old index may end at.
     """
 
     slope: float
     correlation: float
     error: float
     n: int
+    slopes: tuple[tuple[int, float], ...] = ()
+
+    def slope_at(self, dim: int) -> float:
+        """Return the slope for cosines of prefixes."""
+        return dict(self.slopes).get(dim, self.slope)
 
 
-class Yardstick(NamedTuple):
-    """Rows that both models have seen: they say what a score of either is worth, query by query."""
+class Yardstick:
+    """Rows that both models have seen: they say what a score of either is worth, query by query.
 
-    new: NDArray[np.float32]
-    """(n, dim_new), of length 1."""
-    old: NDArray[np.float32]
-    """(n, dim_old), of length 1."""
+    Parameters
+    ----------
+    new, old : (n, dim_new), (n, dim_old) float32
+        Of length 1.
+    """
+
+    def __init__(self, new: NDArray[np.float32], old: NDArray[np.float32]) -> None:
+        self.new, self.old = new, old
+        self._prefixes = {old.shape[1]: old}
+
+    def old_at(self, dim: int) -> NDArray[np.float32]:
+        """Return the old rows cut to ``dim``, of length 1 again, (n, dim)."""
+        if dim not in self._prefixes:
+            self._prefixes[dim] = unit_prefixes(self.old, dim)
+        return self._prefixes[dim]
 
     def offsets(
-        self, asked: NDArray[np.float32], bridged: NDArray[np.float32], slope: float
+        self, asked: NDArray[np.float32], bridged: NDArray[np.float32], slope: float, dim: int
     ) -> NDArray[np.float32]:
-        """Return what to add to ``slope`` times a bridged cosine, (n_queries, 1)."""
+        """Return what to add to ``slope`` times a bridged cosine at ``dim``, (n_queries, 1)."""
         found = np.empty((len(asked), 1), np.float32)
         for start in range(0, len(asked), _QUERIES_AT_ONCE):
             some = slice(start, start + _QUERIES_AT_ONCE)
             here = nearest(_checks.normalise(asked[some]) @ self.new.T)
-            there = nearest(_checks.normalise(bridged[some]) @ self.old.T)
+            there = nearest(unit_prefixes(bridged[some], dim) @ self.old_at(dim).T)
             found[some, 0] = here.mean(axis=1) - slope * there.mean(axis=1)
         return found
 
     def save(self, file: Path) -> None:
         """Write the rows; whoever calls this makes it durable."""
-        save_file(self._asdict(), file)
+        save_file({"new": self.new, "old": self.old}, file)
 
     @classmethod
     def load(cls, file: Path) -> Yardstick:
@@ -169,7 +187,7 @@ class State:
             return cls(
                 home=found["home"],
                 space=Space.from_dict(found["space"]),
-                calibration=Calibration(**found["calibration"]),
+                calibration=_calibration(found["calibration"]),
                 begun=found["begun"],
                 column=found["column"],
                 pairs=found["pairs"],
@@ -182,6 +200,11 @@ class State:
                 f"{file} is damaged ({type(error).__name__}: {error}). Restore it from a backup, "
                 f"or remove {file.parent}, which takes the upgrade back; the index is whole."
             ) from error
+
+
+def _calibration(found: dict[str, Any]) -> Calibration:
+    slopes = tuple((int(dim), float(slope)) for dim, slope in found.get("slopes", ()))
+    return Calibration(**{**found, "slopes": slopes})
 
 
 def tidy(store: Store) -> bool:

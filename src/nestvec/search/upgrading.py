@@ -173,8 +173,10 @@ class Upgrading:
         here = engine.run(every, queries, new, done, threads=threads)
         bridged = self.bridged(queries)
         there = engine.run(plan, bridged, old, pending, threads=threads)
-        slope = np.float32(self.state.calibration.slope)
-        calibrated = slope * there.scores + self.known.offsets(queries, bridged, float(slope))
+        dim = plan.cascade.stages[-1].dim  # that the scores of old rows are cosines of
+        slope = self.state.calibration.slope_at(dim)
+        offsets = self.known.offsets(queries, bridged, slope, dim)
+        calibrated = np.float32(slope) * there.scores + offsets
         placed = sides.place[here.rows]
         rows = np.concatenate([placed, there.rows], axis=1)
         scores = np.concatenate([here.scores, calibrated], axis=1)

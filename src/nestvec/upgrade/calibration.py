@@ -7,6 +7,7 @@ import numpy as np
 from nestvec import _checks
 from nestvec.errors import DataError
 from nestvec.maps.base import FittedMap
+from nestvec.search.structures.codes import unit_prefixes
 from nestvec.search.transition import Calibration, Yardstick
 from nestvec.search.transition import nearest as nearest_scores
 from nestvec.space import Embeddings
@@ -50,13 +51,19 @@ def calibrate(
     queries = queries[: min(len(queries), _MOST_QUERIES)]
     known = Yardstick(_checks.normalise(new.array), _checks.normalise(old.array))
     here = _checks.normalise(queries.array) @ known.new.T
-    there = _checks.normalise(bridge.transform(queries).array) @ known.old.T
+    bridged = bridge.transform(queries).array
+    there = unit_prefixes(bridged, old.dim) @ known.old.T
+    own = np.zeros(here.shape, bool)
     if queries.has_ids and new.has_ids and queries.ids.dtype.kind == new.ids.dtype.kind:
         own = queries.ids[:, None] == new.ids  # no pair, but the row itself
-        here[own] = there[own] = -np.inf
+    here[own] = there[own] = -np.inf
     sorted_there, sorted_here = nearest_scores(there), nearest_scores(here)
-    x, y = _centred(sorted_there), _centred(sorted_here)
-    slope = float((x * y).sum() / max(float((x * x).sum()), 1e-12))
+    slope = _slope(sorted_there, sorted_here)
+    slopes = []
+    for dim in old.space.nesting_dims:
+        at_dim = unit_prefixes(bridged, dim) @ known.old_at(dim).T
+        at_dim[own] = -np.inf
+        slopes.append((dim, _slope(nearest_scores(at_dim), sorted_here)))
     nearest = np.argsort(-there, axis=1, kind="stable")[:, : sorted_there.shape[1]]
     x, y = (_centred(np.take_along_axis(one, nearest, axis=1)) for one in (there, here))
     deviations = np.sqrt((x * x).sum() * (y * y).sum())
@@ -69,7 +76,13 @@ def calibrate(
             f"re-embed all rows into a new index."
         )
     error = float(np.sqrt(np.mean((slope * x - y) ** 2)))
-    return Calibration(slope, correlation, error, x.size), known
+    return Calibration(slope, correlation, error, x.size, tuple(slopes)), known
+
+
+def _slope(there: np.ndarray, here: np.ndarray) -> float:
+    """Return how much faster sorted scores fall ``here``, from the best on."""
+    x, y = _centred(there), _centred(here)
+    return float((x * y).sum() / max(float((x * x).sum()), 1e-12))
 
 
 def _centred(scores: np.ndarray) -> np.ndarray:
