@@ -183,6 +183,13 @@ def test_bad_settings_say_what_would_fit(more, message, rng):
         nv.upgrade.fit(old=old, new=old, **more)
 
 
+def test_one_pair_at_the_least_is_held_out(rng):
+    old = vectors(rng)[:60]
+    found = nv.upgrade.fit(old=old, new=old, validation_fraction=0.005).guard_
+    assert found.n_held_out == 1
+    assert np.isfinite([*found.scores.values()]).all()
+
+
 def test_sides_without_pairs_are_refused(rng):
     old = vectors(rng)
     with pytest.raises(DataError, match="300 old and 200 new vectors do not pair up"):

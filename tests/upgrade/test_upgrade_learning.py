@@ -167,6 +167,55 @@ def test_rows_that_a_bridge_has_learned_from_do_not_speak_for_it(index, monkeypa
     assert not np.isin(row_hashes(out), seen(upgrade)).any()
 
 
+def test_rows_that_were_learned_from_are_known_where_vectors_are_rounded(tmp_path, monkeypatch):
+    index = Index.create(tmp_path / "x.nest", OLDS[:N], precision="float16", durability="process")
+    upgrade = Upgrade.start(index, DOCS[:300])
+    known = upgrade.index._upgrading().known.learned
+    assert len(known) == 240
+    spared = []
+    better = learning._better
+    monkeypatch.setattr(learning, "_better", lambda *of: spared.append(of[2].array) or better(*of))
+    upgrade.backfill(DOCS, max_rows=300)
+    (out,) = spared
+    rows = normalise(DOCS.array) @ out.T > 1 - 1e-5  # whichever they are
+    ids = np.flatnonzero(rows.any(axis=1))
+    assert len(ids) == len(out) == 120
+    snapshot = index._home.snapshot()
+    assert not np.isin(snapshot.rows_of(ids), known).any()
+    again = upgrade.index._upgrading().known.learned
+    assert len(again) == 480
+    assert not np.isin(snapshot.rows_of(ids), again).any()
+
+
+@pytest.mark.parametrize("n_distinct", [1, 30])
+def test_of_many_equal_rows_nothing_is_learned(tmp_path, n_distinct):
+    """All that is done is what the bridge knows, or few others: there is nothing to compare by."""
+    some = np.r_[np.arange(60), 60 + np.arange(N - 60) % n_distinct]
+    old, new = (nv.Embeddings(side.array[some], side.space, range(N)) for side in (OLDS, NEWS))
+    index = Index.create(tmp_path / "x.nest", old, durability="process")
+    upgrade = Upgrade.start(index, new[np.r_[0:60]])
+    assert upgrade.backfill(new) == N - 60
+    status = upgrade.status()
+    assert (status.pending, fits(upgrade)) == (0, 0)
+    assert status.pairs >= 400
+
+
+def test_equal_rows_are_not_on_both_sides(index, monkeypatch):
+    """Each row twice: what is held out would be known by heart."""
+    upgrade = Upgrade.start(index, DOCS[np.arange(0, 600, 10)])
+    seen_of = []
+    fit = learning.fit
+    monkeypatch.setattr(learning, "fit", lambda **of: seen_of.append(of["new"].array) or fit(**of))
+    better = learning._better
+    monkeypatch.setattr(learning, "_better", lambda *of: seen_of.append(of[2].array) or better(*of))
+    twice = nv.Embeddings(DOCS.array[np.arange(N) // 2 * 2], NEW, range(N))
+    upgrade.backfill(twice, max_rows=440)
+    held_in, out = seen_of
+    assert 60 < len(out) == len(np.unique(row_hashes(out))) < 90  # a fifth of what differs
+    assert len(held_in) > 300
+    assert not np.isin(row_hashes(out), row_hashes(held_in)).any()
+
+
 def test_a_bridge_of_many_pairs_is_not_compared_with_one_of_few(index):
     rows = np.arange(N, N + 3000)
     known = ProcrustesBridge().fit(NEWS[rows], OLDS[rows])

@@ -20,7 +20,7 @@ from nestvec.errors import (
 from nestvec.search import transition
 from nestvec.search.index import Index
 from nestvec.search.store import Store
-from nestvec.upgrade import Upgrade, order
+from nestvec.upgrade import Upgrade, estimate, order
 
 # a thread that fails is a test that fails
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -429,12 +429,55 @@ def test_by_bridge_error_what_is_missed_most_comes_first(tmp_path):
     assert len(chosen & set(corner.tolist())) > 45
 
 
+def test_rows_that_the_bridge_itself_made_say_nothing_of_what_it_misses(tmp_path):
+    """Their miss is 0: with 100 of them in the corner that is bridged worst, it came last."""
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(500, 16))
+    corner = np.arange(200)
+    array[corner, 0] += 12
+    old = nv.Embeddings(nv_unit(array), space(0), range(500))
+    turned = nv_unit(array @ np.linalg.qr(rng.normal(size=(16, 16)))[0])
+    turned[corner] += rng.normal(size=(200, 16)) / 2
+    new = nv.Embeddings(nv_unit(turned), nv.Space.declared("turned", dim=16), range(500))
+    index = Index.create(tmp_path / "x.nest", old, durability="process")
+    sample = np.r_[0:20, 400:500]
+    upgrade = Upgrade.start(index, new[sample], bridge=w.ProcrustesBridge().fit(new, old))
+    index.upsert(new[corner[20:120]])
+    before = done_ids_of(upgrade)
+    upgrade.backfill(new, order="bridge_error", max_rows=60, learn=False)
+    chosen = done_ids_of(upgrade) - before
+    assert len(chosen & set(corner.tolist())) > 50
+
+
+def test_counts_of_no_id_of_the_index_are_refused(upgrade):
+    with pytest.raises(
+        DataError, match=r"none of the 2 ids of the traffic .* begin with '7', .* 0"
+    ):
+        fill(upgrade, order="traffic", traffic={"7": 5, "8": 1})
+    assert upgrade.status().done == 60
+
+
 def nv_unit(array):
     return w.normalise(array.astype(np.float32))
 
 
 def done_ids_of(upgrade):
     return _ids(Index(upgrade.index._upgrading().new))
+
+
+def test_an_estimate_embeds_each_row_of_the_sample_once_and_times_no_warming_up(index):
+    given = []
+
+    def source(texts):
+        if not given:
+            time.sleep(0.5)
+        given.extend(texts)
+        return embed(1)(texts)
+
+    found = estimate(index, source, column="text", space=space(1), sample_size=150)
+    assert len(given) == len(set(given)) == found.sampled == 150
+    assert found.rows_per_second > 150 / 0.5
+    assert found.rows == IDS
 
 
 def test_a_rate_is_kept(upgrade):
@@ -589,6 +632,32 @@ def test_float16_and_payload_stay_what_they_are(tmp_path):
     assert index.get([3], columns=["text"])["text"].to_pylist() == ["3 0"]
 
 
+def test_a_finish_that_fails_leaves_no_index_behind(index, upgrade, monkeypatch):
+    def homes():
+        return [p.name for p in index.path.glob("home-*")]
+
+    fill(upgrade)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr("nestvec.upgrade.finish.Home", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                upgrade.finish()
+        assert homes() == []
+    (index.path / "home-1234").mkdir()  # as a kill leaves it
+    upgrade.rollback()
+    assert homes() == []
+    upgrade = begin(index)
+    fill(upgrade)
+    (index.path / "home-1234").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("nestvec.upgrade.finish.Home", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            upgrade.finish()
+    assert homes() == []
+    upgrade.finish()
+    assert homes() == [index._home.store.path.name]
+
+
 def test_rows_without_a_new_vector_are_dropped_only_if_told(index, upgrade):
     with pytest.raises(DataError, match=r"140 of 200 rows have no new vector"):
         upgrade.finish()
@@ -647,7 +716,7 @@ def test_a_rollback_that_broke_off_leaves_no_upgrade(index, upgrade, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("nestvec.upgrade.live.shutil.rmtree", dies)
+        patched.setattr("nestvec.search.transition.shutil.rmtree", dies)
         with pytest.raises(KeyboardInterrupt):
             upgrade.rollback()
     with pytest.raises(SpaceMismatchError):

@@ -46,6 +46,7 @@ STATE = f"{FOLDER}/upgrade.json"
 NEW, LOCK = "new", "lock"
 FORMAT = 1
 _NEAREST = 20
+_NONE = np.empty(0, np.int64)
 _QUERIES_AT_ONCE = 1024
 #: What an index has in its folder, beside its stamp and its lock.
 INDEX_FILES = ("record", "checksums", "derived", "readers", "desk", "plan.json")
@@ -96,10 +97,17 @@ class Yardstick:
     ----------
     new, old : (n, dim_new), (n, dim_old) float32
         Of length 1.
+    learned : (n_learned,) int64
+        Row ids of the old index that the bridge was fitted on, as far as that is known.
     """
 
-    def __init__(self, new: NDArray[np.float32], old: NDArray[np.float32]) -> None:
-        self.new, self.old = new, old
+    def __init__(
+        self,
+        new: NDArray[np.float32],
+        old: NDArray[np.float32],
+        learned: NDArray[np.int64] = _NONE,
+    ) -> None:
+        self.new, self.old, self.learned = new, old, learned
         self._prefixes = {old.shape[1]: old}
 
     def old_at(self, dim: int) -> NDArray[np.float32]:
@@ -122,7 +130,7 @@ class Yardstick:
 
     def save(self, file: Path) -> None:
         """Write the rows; whoever calls this makes it durable."""
-        save_file({"new": self.new, "old": self.old}, file)
+        save_file({"new": self.new, "old": self.old, "learned": self.learned}, file)
 
     @classmethod
     def load(cls, file: Path) -> Yardstick:

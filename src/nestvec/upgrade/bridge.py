@@ -132,7 +132,7 @@ def fit(
         made.set_params(**{k: v for k, v in settings.items() if k in made.get_params()})
         return made.fit(X[rows], y[rows])
 
-    n_out = min(round(len(X) * validation_fraction), _MOST_HELD_OUT)
+    n_out = max(1, min(round(len(X) * validation_fraction), _MOST_HELD_OUT))
     n_found_among = len(X) - n_out if moves == "queries" else n_out
     if len(X) < _FEWEST_PAIRS or n_found_among < _FEWEST_ROWS or len(names) == 1:
         name = _SAFEST if _SAFEST in names else names[0]

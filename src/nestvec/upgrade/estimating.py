@@ -73,7 +73,7 @@ def estimate(
     space
         The new Space, where the source is a function that returns arrays.
     sample_size
-        Rows to embed; those of the first batch are not timed, for models warm up, unless there
+        Rows to embed; the first of them (up to 32) are not timed, for models warm up, unless there
         are no others.
     price_per_million
         Of a million characters.
@@ -87,11 +87,14 @@ def estimate(
         raise DataError("a function does not say of which Space its vectors are: pass space=.")
     vectors = NewVectors(source, column, known, found.schema.names)
     first = max(1, min(_BATCH, len(ids)) // 8)
-    vectors.of(ids[:first], texts[:first])  # a model's first batch is slower
     started = time.perf_counter()
-    for at in range(0, len(ids), _BATCH):
+    vectors.of(ids[:first], texts[:first])  # a model's first batch is slower
+    n_timed = first
+    if first < len(ids):
+        n_timed, started = len(ids) - first, time.perf_counter()
+    for at in range(first, len(ids), _BATCH):
         vectors.of(ids[at : at + _BATCH], texts[at : at + _BATCH])
-    rate = len(ids) / (time.perf_counter() - started)
+    rate = n_timed / (time.perf_counter() - started)
     n = len(found)
     characters = round(n * float(np.mean([len(str(text)) for text in texts])))
     return Estimate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from nestvec.search.home import Home
 from nestvec.search.store import Batch, Store
 from nestvec.search.store.layout import point_to
 from nestvec.search.store.snapshot import as_matrix
+from nestvec.search.transition import tidy
 from nestvec.search.upgrading import Upgrading
 from nestvec.search.view import View
 from nestvec.space import Embeddings
@@ -36,19 +38,24 @@ def finish(upgrading: Upgrading, store: Store, *, drop_pending: bool, show_progr
             f"{n_pending:,} of {len(sides.is_done):,} rows have no new vector yet. Backfill the "
             f"rest first; or drop_pending=True deletes them from the index."
         )
+    tidy(store)  # what a finish has left that was killed, a whole index each
     layout = store.layout
     home = store.root / f"home-{uuid.uuid4().hex[:8]}"
-    with progress("finish", n_done, show=show_progress, unit="rows") as advance:
-        made = Store.create(
-            home,
-            upgrading.space,
-            id_type=layout.id_type,
-            precision=layout.precision,
-            payload=layout.payload,
-            durability=store.durability,
-            rows=_rows(upgrading, old, new, advance),
-        )
-    Home(made, show_progress=show_progress).view()  # so that no search waits for it
+    try:
+        with progress("finish", n_done, show=show_progress, unit="rows") as advance:
+            made = Store.create(
+                home,
+                upgrading.space,
+                id_type=layout.id_type,
+                precision=layout.precision,
+                payload=layout.payload,
+                durability=store.durability,
+                rows=_rows(upgrading, old, new, advance),
+            )
+        Home(made, show_progress=show_progress).view()  # so that no search waits for it
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
     point_to(store.root, home)
     with contextlib.suppress(OSError):
         os.utime(store.path / "record" / "_versions")  # readers look whether they are behind

@@ -31,6 +31,7 @@ from nestvec.upgrade.order import vectors_of
 _FEWEST = 400  # pairs; of fewer, those that are held out say little of which is the better one
 _MOST = 3200  # pairs; benchmarks/bridge.py finds little more in those beyond
 _HELD_OUT = 0.2  # of the rows that are done
+_FEWEST_TO_COMPARE = 20  # rows on either side, or nothing is learned of them
 _MEASURED = 2000  # rows that scores are put on one scale by
 
 
@@ -68,18 +69,25 @@ def again(upgrading: Upgrading, *, seed: int) -> bool:
             (new, sides.new_row[some], upgrading.space),
         )
     )
-    unseen = ~np.isin(row_hashes(after.array), getattr(upgrading.bridge, "seen_", ()))
-    out = np.sort(rng.permutation(ids[unseen])[: round(_HELD_OUT * len(ids))])
-    held_in = np.setdiff1d(ids, out)
-    made = fit(old=before[held_in], new=after[held_in], sample_size=None, random_state=seed)
-    changed, known = replace(state, pairs=len(held_in)), None
-    if _better(made, upgrading.bridge, after[out], before[out]):
+    seen = seen_by(upgrading.bridge, after.array)
+    seen |= np.isin(sides.keys.row_ids[places], upgrading.known.learned)
+    alike = row_hashes(after.array)  # rows that are equal are on one side of the split
+    distinct = np.sort(np.unique(alike, return_index=True)[1])
+    unseen = distinct[~seen[distinct]]
+    out = np.sort(rng.permutation(unseen)[: round(_HELD_OUT * len(distinct))])
+    held_in = ids[~np.isin(alike, alike[out])]
+    changed, known = replace(state, pairs=round((1 - _HELD_OUT) * len(ids))), None
+    made = upgrading.bridge
+    if min(len(out), len(held_in)) >= _FEWEST_TO_COMPARE:
+        made = fit(old=before[held_in], new=after[held_in], sample_size=None, random_state=seed)
+    if made is not upgrading.bridge and _better(made, upgrading.bridge, after[out], before[out]):
         measured = np.sort(rng.permutation(ids)[:_MEASURED])
         try:
             scale, known = calibrate(made, after[out], after[measured], before[measured])
         except DataError:  # its scores cannot be merged with new ones: the old one stays
             pass
         else:
+            known.learned = sides.keys.row_ids[places[held_in]]
             changed = replace(changed, calibration=scale, fit=state.fit + 1)
     folder = upgrading.home.path / FOLDER
     bridge_name, known_name = bridge_names(changed.fit)
@@ -94,6 +102,11 @@ def again(upgrading: Upgrading, *, seed: int) -> bool:
         if of_a_bridge and path.name not in (bridge_name, known_name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     return True
+
+
+def seen_by(bridge: Any, rows: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell which rows of the new Space a bridge was fitted on, (n,); none if it does not say."""
+    return np.isin(row_hashes(rows), getattr(bridge, "seen_", ()))
 
 
 def _due_at(state: State) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,7 +49,7 @@ from nestvec.upgrade import finish as finishing
 from nestvec.upgrade.bridge import fit
 from nestvec.upgrade.calibration import calibrate
 from nestvec.upgrade.estimating import duration
-from nestvec.upgrade.learning import n_learned_from
+from nestvec.upgrade.learning import n_learned_from, seen_by
 from nestvec.upgrade.order import check_order
 from nestvec.upgrade.sources import NewVectors, Source, check_column
 
@@ -189,6 +188,7 @@ class Upgrade:
             queries = sample[np.flatnonzero(held_out)] if queries is None else queries
         _check_bridge(found, bridge, sample)
         scale, known = calibrate(bridge, sample if queries is None else queries, sample, old)
+        known.learned = row_ids[seen_by(bridge, sample.array)]
         keys = snapshot.keys()
         order = np.argsort(keys.row_ids, kind="stable")
         updated = keys.updated[order[np.searchsorted(keys.row_ids, row_ids, sorter=order)]]
@@ -348,7 +348,8 @@ class Upgrade:
         """Drop the old vectors: the index is one of the new Space from then on.
 
         Writers wait meanwhile; searches go on, and follow at their next query. Returns the number
-        of rows. Killed at any moment, the index is whole, old or new; doing it again completes it.
+        of rows. Killed at any moment, the index is whole, old or new: while it is the old one, do
+        it again; `complete` removes what a kill after that moment has left.
 
         Parameters
         ----------
@@ -391,11 +392,10 @@ class Upgrade:
             old, new = upgrading.views()
             sides = upgrading.sides(old, new)
             ids = old.ids(old.rows_of(sides.keys.at(np.flatnonzero(sides.bridged))))
-            folder = self.index.path / FOLDER
-            with durable.storage_errors(folder):
+            with durable.storage_errors(self.index.path / FOLDER):
                 (self.index.path / STATE).unlink()
-                sync_folder(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+                sync_folder(self.index.path / FOLDER)
+            tidy(store)
         return ids
 
     # --- inside -----------------------------------------------------------------------------------

@@ -105,6 +105,11 @@ def _by_traffic(
     a weak pair of models that took 81% of the gain at half of the rows, where chance took 57%.
     """
     ids = old.ids(old.rows_of(sides.keys)).tolist()
+    if traffic and traffic.keys().isdisjoint(ids):
+        raise DataError(
+            f"none of the {len(traffic):,} ids of the traffic is one of the index: theirs begin "
+            f"with {next(iter(traffic))!r}, those of the index with {ids[0]!r}."
+        )
     counts = np.array([traffic.get(one, 0) for one in ids], np.float64)
     likeness = np.zeros(len(pending))
     counted = np.argsort(-counts, kind="stable")[: min(_MOST_KNOWN, np.count_nonzero(counts))]
@@ -121,13 +126,14 @@ def _expected_misses(
     upgrading: Upgrading, sides: Sides, old: View, new: View, pending: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return for each pending row the mean miss of the done rows nearest to it, (n,)."""
-    known = np.flatnonzero(sides.is_done)
-    chosen = np.linspace(0, len(known) - 1, min(len(known), _MOST_KNOWN)).astype(int)
+    known = np.flatnonzero(sides.is_done & ~sides.bridged)  # the bridge misses no bridged one
+    chosen = known[np.linspace(0, len(known) - 1, min(len(known), _MOST_KNOWN)).astype(int)]
     if not len(chosen):
         raise DataError("the order bridge_error is learned from rows that are done; none are yet.")
-    vectors = vectors_of(new, sides.new_row[chosen])
+    among_done = np.cumsum(sides.is_done) - 1
+    vectors = vectors_of(new, sides.new_row[among_done[chosen]])
     bridged = upgrading.bridge.transform(Embeddings(vectors, upgrading.space)).array
-    there = _unit_old(old, sides.keys.row_ids[known[chosen]])
+    there = _unit_old(old, sides.keys.row_ids[chosen])
     misses = 1 - np.einsum("ij,ij->i", _checks.normalise(bridged), there)
     found = np.empty(len(pending), np.float64)
     n_nearest = min(_NEAREST, len(chosen))
