@@ -186,6 +186,7 @@ def test_bad_settings_say_what_would_fit(more, message, rng):
 def test_one_pair_at_the_least_is_held_out(rng):
     old = vectors(rng)[:60]
     found = nv.upgrade.fit(old=old, new=old, validation_fraction=0.005).guard_
+    assert found is not None
     assert found.n_held_out == 1
     assert np.isfinite([*found.scores.values()]).all()
 

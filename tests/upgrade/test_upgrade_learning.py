@@ -58,6 +58,13 @@ def seen(upgrade):
     return upgrade.bridge.seen_
 
 
+def learned_rows(upgrade):
+    """Rows of the old index that the bridge in use has learned from."""
+    upgrading = upgrade.index._upgrading()
+    assert upgrading is not None
+    return upgrading.known.learned
+
+
 def bridged_recall(upgrade, bridge):
     """Of the ten that the new model finds among rows that no bridge has seen."""
     rows = np.arange(N + 500, N + 3000)
@@ -170,7 +177,7 @@ def test_rows_that_a_bridge_has_learned_from_do_not_speak_for_it(index, monkeypa
 def test_rows_that_were_learned_from_are_known_where_vectors_are_rounded(tmp_path, monkeypatch):
     index = Index.create(tmp_path / "x.nest", OLDS[:N], precision="float16", durability="process")
     upgrade = Upgrade.start(index, DOCS[:300])
-    known = upgrade.index._upgrading().known.learned
+    known = learned_rows(upgrade)
     assert len(known) == 240
     spared = []
     better = learning._better
@@ -182,7 +189,7 @@ def test_rows_that_were_learned_from_are_known_where_vectors_are_rounded(tmp_pat
     assert len(ids) == len(out) == 120
     snapshot = index._home.snapshot()
     assert not np.isin(snapshot.rows_of(ids), known).any()
-    again = upgrade.index._upgrading().known.learned
+    again = learned_rows(upgrade)
     assert len(again) == 480
     assert not np.isin(snapshot.rows_of(ids), again).any()
 
@@ -204,8 +211,9 @@ def test_equal_rows_are_not_on_both_sides(index, monkeypatch):
     """Each row twice: what is held out would be known by heart."""
     upgrade = Upgrade.start(index, DOCS[np.arange(0, 600, 10)])
     seen_of = []
-    fit = learning.fit
-    monkeypatch.setattr(learning, "fit", lambda **of: seen_of.append(of["new"].array) or fit(**of))
+    monkeypatch.setattr(
+        learning, "fit", lambda **of: seen_of.append(of["new"].array) or nv.upgrade.fit(**of)
+    )
     better = learning._better
     monkeypatch.setattr(learning, "_better", lambda *of: seen_of.append(of[2].array) or better(*of))
     twice = nv.Embeddings(DOCS.array[np.arange(N) // 2 * 2], NEW, range(N))
