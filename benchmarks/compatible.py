@@ -1,6 +1,7 @@
 """Can a new model search the old gallery, and what does that cost the new one?
 
-    python benchmarks/compatible.py [--seeds 0,1,2] [--device cuda --jobs 8] [--train-only] [--try]
+    python benchmarks/compatible.py [--seeds 0,1,2 [--once oca,hoc]] [--device cuda --jobs 8]
+                                    [--train-only] [--try]
 
 A series of four models, each of which knows more classes than the one before, on photos (cifar10:
 5, 6, 8, 10 classes) and on drawings (omniglot: 68, 90, 113, 136 characters). Every model is trained
@@ -10,8 +11,8 @@ model j sees them, over all classes, those included that model j never saw; mAP 
 ranking, and 1-NN, whether the first has the query's class. The criterion for a step is
 M(new, old) - M(old, old): safe if the lower 95% bound is above -0.01, better if above 0.
 
-What a run of one seed found is kept in ``compatible/scored-*.npz``, a megabyte or two: these files
-are all that ``--train-only`` has to bring back from another machine. It reads
+What a method found with one seed is kept in ``compatible/scored-*.npz``, some hundred kilobytes:
+these files are all that ``--train-only`` has to bring back from another machine. It reads
 ``cifar10/cifar10_10k.npz`` and ``omniglot_small/omniglot_small.npz``. A seed is 56 trainings, of
 10 seconds each on a GPU and of three minutes each on one core.
 """
@@ -297,13 +298,13 @@ def follow(dataset: str, method: str, seed: int) -> None:
         trained(dataset, method, seed, step)
 
 
-def jobs(datasets: list[str], seeds: list[int]) -> list[list[partial[Any]]]:
+def jobs(runs: list[tuple[str, int, str]]) -> list[list[partial[Any]]]:
     """Return trainings in two rounds: those that know no other, longest first, and the others."""
-    runs = [(dataset, seed) for dataset in datasets for seed in seeds]
-    alone = ("independent", "simplex")
-    first = [partial(trained, d, m, s, t) for t in (4, 3, 2, 1) for d, s in runs for m in alone]
-    then = [partial(follow, d, m, s) for d, s in runs for m in FROM_OLD]
-    return [first, then + [partial(trained, d, m, s, 4, True) for d, s in runs for m in FROM_OLD]]
+    alone = sorted({(d, m, s) for d, s, _ in runs for m in ("independent", "simplex")})
+    first = [partial(trained, *one, step) for step in (4, 3, 2, 1) for one in alone]
+    others = [(d, m, s) for d, s, m in runs if m in FROM_OLD]
+    then = [partial(follow, *one) for one in others]
+    return [first, then + [partial(trained, *one, 4, True) for one in others]]
 
 
 # --- scoring ----------------------------------------------------------------------------------
@@ -347,36 +348,31 @@ def pairs(method: str) -> list[tuple[str, tuple[str, int, bool], tuple[str, int,
     return found
 
 
-def scored_recipe(dataset: str, seed: int) -> dict[str, Any]:
-    return {
-        "dataset": dataset,
-        "method": "scored",
-        "seed": seed,
-        "runs": [[m, recipe_of(dataset, m, seed, 4, False)] for m in METHODS],
-    }
+def scored_recipe(dataset: str, seed: int, method: str) -> dict[str, Any]:
+    run = recipe_of(dataset, method, seed, 4, False)
+    return {"dataset": dataset, "method": f"scored-{method}", "seed": seed, "run": run}
 
 
-def scored(dataset: str, seed: int, device: str = "cpu") -> _training.Arrays:
-    """``method/pair/dim/metric`` -> a value a query."""
+def scored(dataset: str, seed: int, method: str, device: str = "cpu") -> _training.Arrays:
+    """``pair/dim/metric`` -> a value a query."""
 
     def make(_: Path) -> _training.Arrays:
         _, labels = data(dataset)["test"]
         found = {}
-        for method in METHODS:
-            for key, new, old in pairs(method):
-                queries, gallery = (
-                    trained(dataset, name, seed, step, direct)["test"]
-                    for name, step, direct in (new, old)
-                )
-                full = min(queries.shape[1], gallery.shape[1])
-                for dim in sorted({32, 128, full}):
-                    one = search(queries, gallery, labels, dim, device)
-                    name = "full" if dim == full else str(dim)
-                    for metric, values in one.items():
-                        found[f"{method}/{key}/{name}/{metric}"] = values.astype(np.float16)
+        for key, new, old in pairs(method):
+            queries, gallery = (
+                trained(dataset, name, seed, step, direct)["test"]
+                for name, step, direct in (new, old)
+            )
+            full = min(queries.shape[1], gallery.shape[1])
+            for dim in sorted({32, 128, full}):
+                one = search(queries, gallery, labels, dim, device)
+                name = "full" if dim == full else str(dim)
+                for metric, values in one.items():
+                    found[f"{key}/{name}/{metric}"] = values.astype(np.float16)
         return found
 
-    return _training.kept(NAME, scored_recipe(dataset, seed), make, code=CODE)
+    return _training.kept(NAME, scored_recipe(dataset, seed, method), make, code=CODE)
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -389,13 +385,12 @@ NEXT = ("2-1", "3-2", "4-3", "direct-4-1")  # an upgrade as it is done, from a m
 class Rows:
     """Rows of a result file: values by test image, estimated all at once at the end."""
 
-    def __init__(self, dataset: str, note: str) -> None:
-        self.about = {"dataset": dataset} | ({"note": note} if note else {})
+    def __init__(self) -> None:
         self.waiting: list[tuple[dict[str, Any], np.ndarray]] = []
 
     def add(self, about: dict[str, Any], by_seed: list[np.ndarray]) -> None:
         values = np.mean(by_seed, axis=0)
-        self.waiting.append(({**self.about, **about, "n": len(values)}, values))
+        self.waiting.append(({**about, "n": len(values)}, values))
 
     def estimated(self) -> list[dict[str, Any]]:
         """Return the rows: means over test images, with 95% intervals over them."""
@@ -416,22 +411,24 @@ class Rows:
         return rows
 
 
-def rows_of(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
-    by_seed = [scored(dataset, seed) for seed in seeds]
-    note = f"mean of seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+def rows_of(dataset: str, seeds_of: dict[str, list[int]]) -> list[dict[str, Any]]:
     labels = data(dataset)["test"][1]
-    rows, matrices = Rows(dataset, note), []
+    rows, matrices = Rows(), []
+    kept = cache(partial(scored, dataset))
 
     def values(method: str, key: str, dim: str, metric: str) -> list[np.ndarray]:
-        name = f"{method}/{key}/{dim}/{metric}"
-        plain = f"{method}/{key}/full/{metric}"  # of a size that is the full one
-        return [one[name if name in one else plain].astype(np.float64) for one in by_seed]
+        name, plain = f"{key}/{dim}/{metric}", f"{key}/full/{metric}"  # of a size that is the full
+        found = [kept(seed, method) for seed in seeds]
+        return [one[name if name in one else plain].astype(np.float64) for one in found]
 
     def less(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
         return [x - y for x, y in zip(a, b, strict=True)]
 
     for method in METHODS:
-        named = {"method": NAMES.get(method, method)}
+        seeds = seeds_of[method]
+        many = len(seeds) > 1
+        note = f"mean of seeds {', '.join(map(str, seeds))}" if many else f"seed {seeds[0]}"
+        named = {"dataset": dataset, "note": note, "method": NAMES.get(method, method)}
         direct = method in FROM_OLD
         crossed = [f"{i}-{j}" for i in (2, 3, 4) for j in range(1, i)]
         crossed += ["direct-4-1"] if direct else []
@@ -463,16 +460,14 @@ def rows_of(dataset: str, seeds: list[int]) -> list[dict[str, Any]]:
                             if chosen.any():
                                 some = [one[chosen] for one in gain]
                                 rows.add({**about, "metric": f"{words}, {group}"}, some)
-            matrices += matrix_rows(dataset, method, metric, values, note)
+            matrices += matrix_rows(named, partial(values, method), metric)
     return rows.estimated() + matrices
 
 
-def matrix_rows(
-    dataset: str, method: str, metric: str, values: Any, note: str
-) -> list[dict[str, Any]]:
+def matrix_rows(named: dict[str, Any], values: Any, metric: str) -> list[dict[str, Any]]:
     """Return average compatibility (strictly above, of 6 pairs) and multi-model accuracy."""
     cells = {
-        (i, j): [float(v.mean()) for v in values(method, f"{i}-{j}", "full", metric)]
+        (i, j): [float(v.mean()) for v in values(f"{i}-{j}", "full", metric)]
         for i in (1, 2, 3, 4)
         for j in range(1, i + 1)
     }
@@ -480,14 +475,13 @@ def matrix_rows(
     n_seeds = len(cells[1, 1])
     met = [[cells[i, j][s] > cells[j, j][s] for i, j in lower] for s in range(n_seeds)]
     found = {"AC": float(np.mean(met)), "AM": float(np.mean(list(cells.values())))}
-    about = {"dataset": dataset, "method": NAMES.get(method, method)}
-    about |= {"note": note} if note else {}
-    return [{**about, "metric": f"{name} ({metric})", "value": v} for name, v in found.items()]
+    return [{**named, "metric": f"{name} ({metric})", "value": v} for name, v in found.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0", help="e.g. 0,1,2")
+    parser.add_argument("--once", default="", help="of the first seed alone, e.g. oca,hoc")
     parser.add_argument("--only", choices=STEPS, help="one data set; nothing is written")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
@@ -513,15 +507,17 @@ def main() -> None:
             recipe={**RECIPES, "classes": STEPS, "sizes": SIZES},
             trained_on=chosen.trained_on or f"{chosen.device} of this machine",
         )
-    todo = [(d, s) for d in datasets for s in seeds]
-    if not all(_training.is_kept(NAME, scored_recipe(*one), code=CODE) for one in todo):
-        for each in jobs(datasets, seeds):
-            _training.side_by_side(each, n_processes=chosen.jobs)
-    for dataset, seed in todo:
-        scored(dataset, seed, chosen.device)
+    once = [*filter(None, chosen.once.split(","))]
+    if wrong := {*once} - {*METHODS}:
+        parser.error(f"--once {', '.join(wrong)}: there are {', '.join(METHODS)}")
+    seeds_of = {method: seeds[:1] if method in once else seeds for method in METHODS}
+    runs = [(d, s, m) for d in datasets for m, some in seeds_of.items() for s in some]
+    todo = [one for one in runs if not _training.is_kept(NAME, scored_recipe(*one), code=CODE)]
+    for each in (*jobs(todo), [partial(scored, *one, chosen.device) for one in todo]):
+        _training.side_by_side(each, n_processes=chosen.jobs)
     if chosen.train_only:
         return
-    rows = [row for dataset in datasets for row in rows_of(dataset, seeds)]
+    rows = [row for dataset in datasets for row in rows_of(dataset, seeds_of)]
     if chosen.only is None and not chosen.tiny:
         _frame.write(NAME, rows, meta)
         return
