@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from nestvec import maps as maps
     from nestvec import upgrade as upgrade
     from nestvec.classify import AdaptiveClassifier
     from nestvec.corpus import Images, RetrievalSet, read_beir, read_images, read_texts
@@ -58,7 +59,7 @@ _HOME = {
     "read_texts": "nestvec.corpus",
 }
 
-_ROOMS = ("upgrade",)  # packages whose functions are used as nestvec.upgrade.fit
+_ROOMS = ("maps", "upgrade")  # packages whose functions are used as nestvec.upgrade.fit
 
 __all__ = [
     "AdaptiveClassifier",

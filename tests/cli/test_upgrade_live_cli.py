@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import nestvec as nv
 from nestvec.cli import app
+from nestvec.cli._upgrade_live import _log_of
 from nestvec.search.index import Index
 from nestvec.upgrade import Upgrade
 
@@ -83,6 +85,44 @@ def test_an_upgrade_from_beginning_to_end(folder):
     assert [one["hits"][0]["id"] for one in answers] == list(range(9))
     assert "two spaces" in run("search", index, "--queries", folder / "asks-old.npz", code=2).stderr
     assert "no upgrade" in run("upgrade", "finish", index, code=2).stderr
+
+
+def test_what_is_to_be_typed_next_works_as_it_stands(folder):
+    index, new = folder / "x.nest", folder / "new.npz"
+    begun = run("upgrade", "start", index, "--vectors", new, "--sample-size", 60)
+    assert f"next: nestvec upgrade backfill {index} --vectors {new}\n" in begun.stderr
+    again = run("upgrade", "start", index, "--model", "none/such", "--column", "text", code=2)
+    assert "is under way" in again.stderr  # before a model is loaded
+    some = folder / "some.npz"
+    rows = nv.load(new)
+    rows[np.arange(200)].save(some)
+    done = run("upgrade", "backfill", index, "--vectors", some)
+    pending = told("upgrade", "status", index)["pending"]
+    assert f"has no vectors of the {pending} rows that are pending" in done.stderr
+    assert pending > 50
+    answers = told("search", index, "--queries", folder / "asks-new.npz")
+    assert answers["space"]["space_id"] == NEW.space_id
+    assert answers["stages"][-1]["rows_scored"] == N - pending  # also those that are fresh
+    said = told("index", "check", index)
+    assert said["ok"]
+    assert "new vectors of its upgrade" in run("index", "check", index).stdout
+
+
+def test_a_log_of_queries_counts_how_often_each_was_asked(tmp_path):
+    def letters(texts):
+        return unit(np.array([[len(text), text.count("a"), 1] for text in texts], float))
+
+    encoder = nv.CallableEncoder(letters, name="letters", dim=3)
+    (tmp_path / "log.txt").write_text("a question\nanother\n\na question\na question\n")
+    found = _log_of(tmp_path / "log.txt", encoder)
+    rows, counts = np.unique(found.array, axis=0, return_counts=True)
+    true = letters(["a question", "another"])
+    order = np.lexsort(true.T[::-1])
+    np.testing.assert_allclose(rows, true[order], atol=1e-6)
+    assert counts.tolist() == np.array([3, 1])[order].tolist()
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(typer.Exit):
+        _log_of(tmp_path / "none.txt", encoder)
 
 
 def test_rows_of_the_new_model_are_written_and_a_rollback_names_them(folder):

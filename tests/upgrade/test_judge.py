@@ -343,6 +343,12 @@ def test_bad_input_says_what_would_fit(more, message, world):
         judged(old, new, bridge, **more)
 
 
+def test_one_model_is_no_upgrade(world):
+    old = world.model(OLD)
+    with pytest.raises(DataError, match=r"both sides are of old .*no upgrade to judge"):
+        judged(old, old, None, qrels=world.qrels)
+
+
 def test_missing_documents_and_bare_arrays_are_refused(world):
     old, new = world.model(OLD), world.model(NEW)
     bridge = nv.upgrade.fit(old=old[2], new=new[2], kinds=["procrustes"])

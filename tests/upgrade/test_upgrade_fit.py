@@ -175,12 +175,20 @@ def test_one_kind_is_fitted_as_asked(rng):
         ({"moves": "both"}, "'both' is not one of queries, gallery"),
         ({"teacher": "all"}, "'all' is not one of both, new, old"),
         ({"validation_fraction": 1.0}, "must lie between 0 and 1"),
+        ({"sample_size": 0}, "sample_size is 0; 1 or more"),
     ],
 )
 def test_bad_settings_say_what_would_fit(more, message, rng):
     old = vectors(rng)
     with pytest.raises(DataError, match=message):
         nv.upgrade.fit(old=old, new=old, **more)
+
+
+def test_the_only_kind_that_fits_says_so(rng):
+    old = vectors(rng)
+    found = nv.upgrade.fit(old=old, new=np.c_[old, old], kinds=["drift", "procrustes"]).guard_
+    assert found is not None
+    assert found.sentence().startswith("procrustes bridge kept: no other was to be compared")
 
 
 def test_one_pair_at_the_least_is_held_out(rng):

@@ -1,7 +1,10 @@
 """An index under upgrade answers both models, loses nothing, and is always whole: old or new."""
 
 import errno
+import fcntl
 import hashlib
+import shutil
+import threading
 import time
 
 import numpy as np
@@ -21,6 +24,7 @@ from nestvec.search import transition
 from nestvec.search.index import Index
 from nestvec.search.store import Store
 from nestvec.upgrade import Upgrade, estimate, order
+from nestvec.upgrade.estimating import sample_texts
 
 # a thread that fails is a test that fails
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -463,6 +467,90 @@ def nv_unit(array):
 
 def done_ids_of(upgrade):
     return _ids(Index(upgrade.index._upgrading().new))
+
+
+def test_made_vectors_hold_for_rows_as_they_were_when_first_given(index, upgrade):
+    made = vectors(1, range(IDS), 0)
+    upgrade.backfill(made, max_rows=40)
+    index.upsert(batch(0, [3, 150], 5))
+    upgrade.backfill(made)  # as it is typed again
+    assert upgrade.status().pending == 2
+    assert not {3, 150} & done_ids(upgrade)
+    Upgrade.open(index.path).backfill(made)
+    assert upgrade.status().pending == 2
+    upgrade.backfill(vectors(1, [3, 150], 5))
+    assert upgrade.status().pending == 0
+    assert_as_by_hand(upgrade)
+
+
+def test_rows_without_text_stay_pending_and_are_named(tmp_path, caplog):
+    texts = [f"{i} 0" for i in range(120)]
+    texts[5], texts[70], texts[71] = "", " \n", None
+    index = Index.create(tmp_path / "x.nest", vectors(0, range(120), 0), payload={"text": texts})
+    given = []
+
+    def embed_some(some):
+        given.extend(some)
+        return embed(1)(some)
+
+    encoder = nv.CallableEncoder(embed_some, name="model-1", dim=space(1).dim)
+    sample = nv.Embeddings(vectors(1, range(20, 60), 0).array, encoder.space, range(20, 60))
+    upgrade = Upgrade.start(index, sample, column="text")
+    assert upgrade.backfill(encoder, batch_size=7) == 77
+    assert upgrade.status().pending == 3
+    assert len(given) == 77
+    assert "3 rows have nothing to embed in the column 'text', and stay pending" in caplog.text
+    assert all(f"{i}" in caplog.text for i in (5, 70, 71))
+    assert upgrade.backfill(encoder) == 0
+    ids, some, _ = sample_texts(index, "text", 120)
+    assert len(ids) == len(some) == 117
+    assert not {5, 70, 71} & set(ids.tolist())
+    with pytest.raises(DataError, match="column 'id' is not one"):
+        sample_texts(index, "id", 3)
+
+
+def test_who_asks_for_the_status_is_in_nobodys_way(index, upgrade):
+    with (index.path / "upgrade/lock").open("rb") as asks:
+        fcntl.flock(asks, fcntl.LOCK_SH)
+        assert not upgrade.status().running
+        ends = threading.Timer(0.1, lambda: fcntl.flock(asks, fcntl.LOCK_UN))
+        ends.start()
+        assert fill(upgrade, max_rows=10) == 10
+        fcntl.flock(asks, fcntl.LOCK_EX)
+        assert upgrade.status().running
+        with pytest.raises(StorageError, match="another process works on the upgrade"):
+            fill(upgrade)
+
+
+def test_what_an_upgrade_lost_is_named_and_the_index_is_whole(index, upgrade):
+    before = index.search(queries(0))
+    folder = index.path / "upgrade"
+    (folder / "lock").unlink()
+    assert fill(upgrade, max_rows=10) == 10  # that one is made again
+    shutil.rmtree(folder / "new")
+    opened = Index.open(index.path)
+    np.testing.assert_array_equal(opened.search(queries(0)).ids, before.ids)
+    for does in (lambda: Upgrade.open(opened), lambda: opened.search(queries(1)), opened.check):
+        with pytest.raises(FileFormatError, match=r"or remove .*upgrade, which takes the upgrade"):
+            does()
+    shutil.rmtree(folder)
+    assert Index.open(index.path).check()["ok"]
+
+
+def test_damaged_new_vectors_are_found_and_not_finished(index, upgrade):
+    fill(upgrade)
+    file = max((index.path / "upgrade/new/record/data").iterdir(), key=lambda p: p.stat().st_size)
+    bits = bytearray(file.read_bytes())
+    bits[len(bits) // 3] ^= 128
+    file.write_bytes(bits)
+    found = index.check()
+    assert not found["ok"]
+    assert found["record"].ok
+    assert str(file) in found["new"].damage[0]
+    with pytest.raises(FileFormatError, match=r"new vectors are damaged: .*" + file.name):
+        upgrade.finish()
+    upgrade.rollback()
+    assert index.check()["ok"]
 
 
 def test_an_estimate_embeds_each_row_of_the_sample_once_and_times_no_warming_up(index):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nestvec.cli._common import describe, note, out, print_json
 from nestvec.cli._index import open_index, read_queries
-from nestvec.space import Embeddings
+from nestvec.space import Embeddings, Space
 
 if TYPE_CHECKING:
     from nestvec.search import Hits
@@ -92,7 +92,6 @@ class Indexed:
     ) -> None:
         self._index = open_index(path)
         self.space = self._index.space
-        self.new_space = self._index.upgrading_to
         self._how: dict[str, Any] = {
             "k": k,
             "plan": plan,
@@ -101,6 +100,11 @@ class Indexed:
             "filter": filter,
         }
         self._columns, self._explain = columns or None, explain
+
+    @property
+    def new_space(self) -> Space | None:
+        """The Space that it is upgraded to."""
+        return self._index.upgrading_to
 
     def read(self, queries: Path, model_name: str | None) -> Embeddings:
         """Read query vectors."""
@@ -114,7 +118,7 @@ class Indexed:
         if json:
             print_json(
                 {
-                    "space": describe(self.space),
+                    "space": describe(queries.space),
                     "plan": str(hits.plan),
                     "version": hits.version,
                     "n_gallery": len(self._index),

@@ -62,7 +62,7 @@ def check(index: Folder, json: Json = False) -> None:
     Damaged derived files are removed: a search that needs them makes them again.
     """
     found = open_index(index).check()
-    record = found["record"]
+    record, new = found["record"], found["new"]
     if json:
         print_json(
             {
@@ -72,7 +72,7 @@ def check(index: Folder, json: Json = False) -> None:
                 "rows": record.rows,
                 "files": record.files,
                 "bytes": record.bytes,
-                "damage": list(record.damage),
+                "damage": [*record.damage, *(() if new is None else new.damage)],
                 "waste": [str(path) for path in record.waste],
                 "unverified": [str(path) for path in record.unverified],
                 "derived": found["derived"],
@@ -80,6 +80,8 @@ def check(index: Folder, json: Json = False) -> None:
         )
     else:
         out.print(str(record), markup=False)
+        if new is not None:
+            out.print(f"the new vectors of its upgrade: {new}", markup=False)
         for name in found["derived"]:
             out.print(f"{name} is damaged; it is made again when it is needed", markup=False)
     if not found["ok"]:

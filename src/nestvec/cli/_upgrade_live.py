@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +18,8 @@ from nestvec.space import Embeddings, Space
 if TYPE_CHECKING:
     from nestvec.encoders import TextEncoder
     from nestvec.search import Index
+
+_LOGGED = 50_000  # rows that stand for a log of queries, however long it is
 
 PLAN_EPILOG = """
 Examples:
@@ -50,7 +53,7 @@ Examples:
 
   nestvec upgrade backfill docs.nest --traffic returned.txt --rows-per-second 200
 
-  nestvec upgrade backfill docs.nest --queries log.parquet    (queries as asked, by the new model)
+  nestvec upgrade backfill docs.nest --queries log.txt        (queries as asked, one a line)
 
   nestvec upgrade backfill docs.nest --vectors new.parquet    (made elsewhere, with ids)
 """
@@ -147,17 +150,21 @@ def start(
         ),
     ] = None,
     sample_size: Annotated[int, typer.Option(min=20, help="Rows to begin with.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     json: Json = False,
 ) -> None:
     """Begin: from then on the new model's queries are answered, through a bridge."""
     from nestvec.maps import load_map
     from nestvec.upgrade import Upgrade
     from nestvec.upgrade.estimating import sample_texts
+    from nestvec.upgrade.live import check_none
     from nestvec.upgrade.sources import check_column
 
     _check_source(model, vectors)
     opened = open_index(index)
+    check_none(opened)
+    fitted = None if bridge is None else load_map(bridge)
+    asked = None if queries is None else Embeddings.load(queries)
     version = None
     if model is not None:
         check_column(column, opened.schema.names)
@@ -171,8 +178,8 @@ def start(
     upgrade = Upgrade.start(
         opened,
         sample,
-        bridge=None if bridge is None else load_map(bridge),
-        queries=None if queries is None else Embeddings.load(queries),
+        bridge=fitted,
+        queries=asked,
         column=column,
         version=version,
     )
@@ -200,7 +207,7 @@ def start(
         f"bridged scores tell the new model's with a correlation of {scale.correlation:.2f}, to "
         f"{scale.error:.3f}"
     )
-    note(f"next: nestvec upgrade backfill {index}")
+    note(f"next: nestvec upgrade backfill {index}{_source_typed(None, vectors)}")
 
 
 @command
@@ -244,8 +251,8 @@ def backfill(
     queries: Annotated[
         Path | None,
         typer.Option(
-            help="Vectors of queries by the new model, each as often as it was asked: what stands "
-            "high in their answers comes first. A stamped file.",
+            help="Queries as they were asked, one a line of a .txt file, or their vectors by the "
+            "new model (a stamped file): what stands high in their answers comes first.",
             show_default=False,
         ),
     ] = None,
@@ -274,26 +281,37 @@ def backfill(
     upgrade = Upgrade.open(opened)
     source = _encoder(model, upgrade.space) if vectors is None else Embeddings.load(vectors)
     counts = None if traffic is None else _counts(traffic, opened)
+    asked = None
+    if queries is not None:
+        of_texts = queries.suffix == ".txt"
+        reader = _encoder(model, upgrade.space) if of_texts and vectors is not None else source
+        asked = _log_of(queries, reader) if of_texts else Embeddings.load(queries)
     try:
         n = upgrade.backfill(
             source,
             column=column,
             order=order,
             traffic=counts,
-            queries=None if queries is None else Embeddings.load(queries),
+            queries=asked,
             learn=learn,
             rows_per_second=rows_per_second,
             max_rows=max_rows,
             batch_size=batch_size,
         )
     except KeyboardInterrupt:
-        note(f"\nwhat is made is kept: nestvec upgrade backfill {index} goes on from there")
+        again = f"nestvec upgrade backfill {index}{_source_typed(model, vectors)}"
+        note(f"\nwhat is made is kept: {again} goes on from there")
         raise
     found = upgrade.status()
     if json:
         print_json({"index": str(index), "embedded": n, **_as_json(found)})
         return
     out.print(f"{n:,} rows embedded. {found.sentence}", markup=False)
+    if vectors is not None and found.pending and (max_rows is None or n < max_rows):
+        note(
+            f"{vectors} has no vectors of the {found.pending:,} rows that are pending: they are "
+            f"not in it, or were written since it was first given. Make theirs, and give them too."
+        )
     if found.may_finish:
         note(f"next: nestvec upgrade finish {index}")
 
@@ -350,6 +368,24 @@ def _as_json(status: Any) -> dict[str, Any]:
 def _check_source(model: str | None, vectors: Path | None) -> None:
     if (model is None) == (vectors is None):
         fail("say what makes the new vectors: --model and --column, or --vectors FILE; not both.")
+
+
+def _source_typed(model: str | None, vectors: Path | None) -> str:
+    """Return the option that says what makes vectors, as it was given."""
+    return f" --vectors {vectors}" if vectors else f" --model {model}" if model else ""
+
+
+def _log_of(file: Path, encoder: Any) -> Embeddings:
+    """Embed queries as they were asked, one a line: the most frequent ones, by how often."""
+    from nestvec.upgrade.order import MOST_QUERIES
+
+    counts = Counter(read_lines(file)).most_common(MOST_QUERIES)
+    if not counts:
+        fail(f"{file} holds no query: write one a line.")
+    times = np.array([count for _, count in counts])
+    vectors = encoder.encode([text for text, _ in counts], role="query")
+    shares = np.ceil(times * min(1, _LOGGED / times.sum())).astype(int)
+    return Embeddings(np.repeat(vectors.array, shares, axis=0), vectors.space)
 
 
 def _encoder(model: str | None, space: Space | None = None) -> TextEncoder:

@@ -112,8 +112,8 @@ def fit(
         typer.Option("--nested", help="A prefix of the input gives that prefix of the output."),
     ] = False,
     dims: Dims = None,
-    sample_size: Annotated[int, typer.Option(help="Pairs to learn from, at most.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and splitting.")] = 0,
+    sample_size: Annotated[int, typer.Option(min=1, help="Pairs to learn from, at most.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and splitting.")] = 0,
     model_name: ModelName = None,
     json: Json = False,
 ) -> None:
@@ -192,7 +192,7 @@ def judge(
     label_column: LabelColumn = None,
     dims: Dims = None,
     k: Annotated[int, typer.Option(help="Depth of the metric.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the resamples.")] = 0,
     model_name: ModelName = None,
     json: Json = False,
 ) -> None:
@@ -222,6 +222,7 @@ def judge(
         print_json(found.to_dict())
     else:
         out.print(_table(found))
+        out.print(_beside(found))
         out.print(found.sentence(), markup=False)
         for one in found.notes:
             note(one)
@@ -230,24 +231,42 @@ def judge(
 
 
 def _table(found: Judgement) -> Table:
-    table = Table(title=f"{found.metric}, {found.n_queries:,} queries, {found.n_docs:,} documents")
-    for name in (
-        "dim", "old/old", "new/old", "new/new", "new/old - old/old", "at least", "worse", "better",
-        "violations", "",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+    title = f"{found.metric}, {found.n_queries:,} queries, {found.n_docs:,} documents"
+    table = _sized(title, "old/old", "new/old", "new/new", "new/old - old/old", "at least", "")
     for size in found.sizes:
         change = size.difference
+        if found.safe_from is not None and size.dim >= found.safe_from:
+            verdict = "safe"
+        else:  # below the first that is not, nothing is called safe
+            verdict = "not safe" if found.doubt or not size.safe else "-"
         table.add_row(
             str(size.dim),
             *(f"{s.value:.3f}" for s in (size.old_old, size.new_old, size.new_new)),
             f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]",
             f"{size.at_least:+.3f}",
+            verdict,
+        )
+    return table
+
+
+def _beside(found: Judgement) -> Table:
+    table = _sized(None, "worse", "better", "violations", "update gain")
+    for size in found.sizes:
+        gain = size.update_gain
+        table.add_row(
+            str(size.dim),
             f"{size.negative_flips:.0%}",
             f"{size.positive_flips:.0%}",
             f"{size.violations_relevant:.0%} / {size.violations_other:.0%}",
-            "safe" if size.safe and not found.doubt else "not safe",
+            "-" if gain is None else f"{gain.value:.2f} [{gain.low:.2f}, {gain.high:.2f}]",
         )
+    return table
+
+
+def _sized(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, box=None, title_justify="left")
+    for name in ("dim", *columns):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -322,4 +322,4 @@ def _checked_texts(texts: Iterable[str], ids: Any) -> list[str]:
 
 def id_of(ids: Any, row: int) -> str:
     """Return " (id 'x')" for messages, or nothing where no ids were given."""
-    return "" if ids is None or row >= len(ids) else f" (id {ids[row]!r})"
+    return "" if ids is None or row >= len(ids) else f" (id {np.asarray(ids)[row].item()!r})"

@@ -65,6 +65,8 @@ class Guard:
         }
         won = names.get(self.winner, f"{self.winner} bridge kept")
         if not self.scores:
+            if self.criterion == "no other fits":
+                return f"{won}: no other was to be compared that fits these two spaces"
             return f"{won}: too few rows to hold any out and compare"
         others = " and ".join(
             f"{self.score(name):.3f} ({name})"

@@ -160,6 +160,10 @@ def run(
         else:
             parts = _in_threads(lambda some: work(some, mask), queries, threads)
             rows, scores, shortlists, stages = parts[0] if len(parts) == 1 else _joined(parts)
+    if view.n_fresh:
+        said = stages[-1]
+        n_scored = said["rows_scored"] + int(np.count_nonzero(mask.fresh))
+        stages = (*stages[:-1], {**said, "rows_scored": n_scored})
     if view.n_fresh or rows.shape[1] < last.keep:
         rows, scores = _with_fresh(rows, scores, queries, view, mask, last)
     elif rows.dtype != np.int64:

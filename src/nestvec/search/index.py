@@ -473,14 +473,18 @@ class Index:
     def check(self) -> dict[str, Any]:
         """Read every file, and say what is damaged.
 
-        Returns ``{"ok", "record", "derived"}``: ``record`` is the store's report, ``derived`` the
-        names of derived files that do not fit their checksum. Those are no loss: they are made
-        again when they are needed. Removes them, and changes nothing else.
+        Returns ``{"ok", "record", "derived", "new"}``: ``record`` is the store's report,
+        ``derived`` the names of derived files that do not fit their checksum. Those are no loss:
+        they are made again when they are needed. Removes them, and changes nothing else. ``new``
+        is the report of the new vectors while an upgrade is under way, else None.
         """
         report = self._home.store.check()
+        upgrading = self._upgrading()
+        new = None if upgrading is None else upgrading.new.store.check()
+        ok = report.ok and (new is None or new.ok)
         view = self._home.looked(derive=False)
         if view is None:
-            return {"ok": report.ok, "record": report, "derived": []}
+            return {"ok": ok, "record": report, "derived": [], "new": new}
         generation = view.generation
         damaged = generation.damaged_files()
         if "vectors" in damaged:
@@ -488,7 +492,7 @@ class Index:
         for name in damaged:
             generation.remove(name)
         files = [file for part in damaged.values() for file in part]
-        return {"ok": report.ok and not files, "record": report, "derived": files}
+        return {"ok": ok and not files, "record": report, "derived": files, "new": new}
 
     def stats(self) -> dict[str, Any]:
         """Return figures: rows and versions, bytes of record and derived files, resident bytes.

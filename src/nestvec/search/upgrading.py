@@ -120,9 +120,16 @@ class Upgrading:
             found._sides, found._old_keys = before._sides, before._old_keys
             found._new_keys = before._new_keys
             return found
-        new = Home.open(
-            folder / NEW, durability=home.store.durability, show_progress=home.show_progress
-        )
+        try:
+            new = Home.open(
+                folder / NEW, durability=home.store.durability, show_progress=home.show_progress
+            )
+        except NestvecError as error:
+            raise FileFormatError(
+                f"the new vectors of the upgrade cannot be read ({error}). Restore {folder / NEW} "
+                f"from a backup, or remove {folder}, which takes the upgrade back; the index is "
+                f"whole."
+            ) from error
         return cls(home, state, bridge, known, new, stamp)
 
     @property

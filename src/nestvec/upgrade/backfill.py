@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nestvec._atomic import written_beside
+from nestvec._extras import require
 from nestvec._progress import progress
 from nestvec.search.index import Index
 from nestvec.search.store import Batch
@@ -26,7 +28,12 @@ from nestvec.upgrade import learning
 from nestvec.upgrade.order import pending_rows
 from nestvec.upgrade.sources import NewVectors
 
+pa = require("pyarrow", extra="index", why="an index")
+
+_log = logging.getLogger(__name__)
+
 PACE = "backfill.json"
+MADE = "made.json"  # digest of vectors that were given -> version of the index at that time
 _ROWS_AN_ORDER = 20_000  # rows are ordered anew after as many, or a tenth: writes go on meanwhile
 _ROWS_A_PIECE = 8192
 _S_A_PIECE = 2.0  # what a kill can cost
@@ -49,8 +56,11 @@ def backfill(
     show_progress: bool,
 ) -> int:
     """Re-embed until no row is pending that ``vectors`` can make; return how many were."""
-    # made vectors fit rows as they are now, and none that is written from here on
-    newest = index.version if vectors.is_made else None
+    # made vectors fit rows as they were when they were first given, and none written since
+    newest = None
+    if vectors.is_made:
+        newest = _first_given(upgrading.home.path, vectors.digest(), index.version)
+    blank: dict[int, Any] = {}  # row id -> id
     sides = upgrading.sides(*upgrading.views())
     n_pending = int(np.count_nonzero(~sides.is_done))
     total = n_pending if max_rows is None else min(n_pending, max_rows)
@@ -66,6 +76,8 @@ def backfill(
                 )
             if newest is not None:
                 rows = rows[keys.updated[rows] <= newest]
+            if blank:
+                rows = rows[~np.isin(keys.row_ids[rows], [*blank])]
             if vectors.is_made and len(rows):
                 rows = rows[vectors.has(old.ids(old.rows_of(keys.at(rows))))]
             at_once = [max(_ROWS_AN_ORDER if queries is None else 1, n_pending // 10)]
@@ -82,6 +94,13 @@ def backfill(
                 for start in range(0, len(rows), size):
                     some = rows[start : start + size]
                     table = old.snapshot.read(keys.row_ids[some], vectors.columns)
+                    says = vectors.can_embed(table)
+                    if not says.all():
+                        ids = table["id"].filter(pa.array(~says)).to_pylist()
+                        blank.update(zip(keys.row_ids[some[~says]].tolist(), ids, strict=True))
+                        table, some = table.filter(pa.array(says)), some[says]
+                    if not len(some):
+                        continue
                     made = keyed(vectors(table), keys.at(some), sides.bridged[some])
                     pieces.add(made, len(some))
             finally:  # also when it is interrupted: what is made is kept
@@ -89,7 +108,27 @@ def backfill(
             with pieces.not_counted():
                 if learn and learning.again(upgrading, seed=seed):
                     pieces.upgrading = upgrading = index._upgrading() or upgrading
+        if blank:
+            some = ", ".join(map(str, [*blank.values()][:5])) + ", ..." * (len(blank) > 5)
+            _log.warning(
+                "%s: %s rows have nothing to embed in the column %r, and stay pending: %s",
+                *(index.path, f"{len(blank):,}", vectors.column, some),
+            )
         return pieces.n
+
+
+def _first_given(root: Path, digest: str, version: int) -> int:
+    """Return the version of the index at which vectors were first given; this one if it is now."""
+    file = root / FOLDER / MADE
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if digest not in known:
+        known[digest] = version
+        with written_beside(file) as scratch:
+            scratch.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    return known[digest]
 
 
 class _Pieces:

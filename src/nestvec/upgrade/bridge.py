@@ -118,6 +118,8 @@ def fit(
         raise DataError(f"teacher {teacher!r} is not one of both, new, old.")
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation_fraction {validation_fraction!r} must lie between 0 and 1.")
+    if sample_size is not None and sample_size < 1:
+        raise DataError(f"sample_size is {sample_size}; 1 or more, or None for all pairs.")
     old, new = paired(old, new)
     X, y = (new, old) if moves == "queries" else (old, new)
     rng = np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
@@ -138,7 +140,8 @@ def fit(
         name = _SAFEST if _SAFEST in names else names[0]
         bridge = fitted(name)
         sizes = bridge.dims_
-        bridge.guard_ = guards.Guard("none", 0, sizes, _weights(sizes), {}, name)
+        why = "no other fits" if len(names) == 1 else "too few rows"
+        bridge.guard_ = guards.Guard(why, 0, sizes, _weights(sizes), {}, name)
         return bridge
     order = rng.permutation(len(X))
     out, held_in = np.sort(order[:n_out]), np.sort(order[n_out:])

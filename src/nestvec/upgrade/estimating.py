@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from nestvec._extras import require
 from nestvec.errors import DataError
 from nestvec.search.index import Index
 from nestvec.space import Embeddings, Space
-from nestvec.upgrade.sources import NewVectors, Source
+from nestvec.upgrade.sources import NewVectors, Source, check_column, has_content
+
+pa = require("pyarrow", extra="index", why="an index")
 
 _BATCH = 256  # as a backfill has them
 
@@ -112,12 +115,19 @@ def sample_texts(
     index: Index, column: str, n: int, *, seed: int = 0
 ) -> tuple[np.ndarray, list[Any], int]:
     """Return ids and texts of ``n`` rows drawn at random, and the version they are of."""
+    check_column(column, index.schema.names)
     snapshot = index._home.snapshot()
     row_ids = snapshot.keys().row_ids
     if not len(row_ids):
         raise DataError(f"{index.path} has no rows: nothing is to be upgraded.")
-    chosen = np.random.default_rng(seed).permutation(len(row_ids))[:n]
-    table = snapshot.read(np.sort(row_ids[chosen]), ["id", column])
+    order = np.random.default_rng(seed).permutation(len(row_ids))
+    for most in (n, len(order)):  # all, if that many have nothing to embed
+        table = snapshot.read(np.sort(row_ids[order[:most]]), ["id", column])
+        table = table.filter(pa.array(has_content(table[column].to_pylist())))[:n]
+        if len(table):
+            break
+    else:
+        raise DataError(f"the column {column!r} of {index.path} holds nothing to embed.")
     ids = np.array(table["id"].to_pylist())
     return ids, table[column].to_pylist(), snapshot.version
 

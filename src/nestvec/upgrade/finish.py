@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from nestvec._progress import progress
-from nestvec.errors import DataError
+from nestvec.errors import DataError, FileFormatError
 from nestvec.search.home import Home
 from nestvec.search.store import Batch, Store
 from nestvec.search.store.layout import point_to
@@ -37,6 +37,12 @@ def finish(upgrading: Upgrading, store: Store, *, drop_pending: bool, show_progr
         raise DataError(
             f"{n_pending:,} of {len(sides.is_done):,} rows have no new vector yet. Backfill the "
             f"rest first; or drop_pending=True deletes them from the index."
+        )
+    report = upgrading.new.store.check()
+    if not report.ok:
+        raise FileFormatError(
+            f"new vectors are damaged: {report.damage[0]}. Restore the file from a backup, or roll "
+            f"the upgrade back and begin it again; the index is whole."
         )
     tidy(store)  # what a finish has left that was killed, a whole index each
     layout = store.layout

@@ -277,6 +277,11 @@ def judge(
             )
     old_docs.space.check_same(old_queries.space)
     new_docs.space.check_same(new_queries.space)
+    if bridge is None and new_docs.space.space_id == old_docs.space.space_id:
+        raise DataError(
+            f"both sides are of {old_docs.space.label}: there is no upgrade to judge. Give the new "
+            f"model's vectors as new_docs and new_queries."
+        )
     new_docs = like(old_docs, new_docs, "docs")
     new_queries = like(old_queries, new_queries, "queries")
     gallery, asks = crossed(old_docs, new_queries, bridge)

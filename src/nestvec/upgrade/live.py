@@ -15,17 +15,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nestvec._atomic import sync_folder, written_beside
-from nestvec.errors import DataError, SpaceMismatchError, StorageError
+from nestvec.errors import DataError, FileFormatError, SpaceMismatchError, StorageError
 from nestvec.maps.base import FittedMap
 from nestvec.search.index import Index
 from nestvec.search.store import Keys, Store, durable
@@ -52,6 +53,8 @@ from nestvec.upgrade.estimating import duration
 from nestvec.upgrade.learning import n_learned_from, seen_by
 from nestvec.upgrade.order import check_order
 from nestvec.upgrade.sources import NewVectors, Source, check_column
+
+_LOOKS = (0.02,) * 25  # seconds: who asks for the status holds the lock for no longer
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class Upgrade:
             If an upgrade is under way.
         """
         found = _opened(index, show_progress)
-        _check_none(found)
+        check_none(found)
         _check_sample(found, sample, queries, column)
         snapshot = found._home.snapshot()
         row_ids = snapshot.rows_of(sample.ids)
@@ -199,7 +202,7 @@ class Upgrade:
             first = keyed(sample[true], Keys(row_ids[true], updated[true]), own)
         with found._home.written() as store, store.locked():
             tidy(store)
-            _check_none(found)
+            check_none(found)
             begun = datetime.now(UTC).isoformat(timespec="seconds")
             state = State(
                 home_name(store), sample.space, scale, begun, column, n_learned_from(bridge)
@@ -283,7 +286,8 @@ class Upgrade:
         source
             What embeds: an encoder of the new Space, or a function from a list of the column's
             values to vectors of it, one a row. Or `Embeddings`, made before, with the ids of the
-            index, of its rows as they are now; rows that they lack stay pending.
+            index, of its rows as they are when these vectors are first given; rows that they lack,
+            or that are written later, stay pending. So do rows that an encoder finds no text in.
         column
             The payload column that is embedded; by default the one that `start` was told.
         order
@@ -389,8 +393,14 @@ class Upgrade:
         their old vectors are what the bridge made. Write them again with the old model.
         """
         with self._alone() as upgrading, self.index._home.written() as store, store.locked():
-            old, new = upgrading.views()
-            sides = upgrading.sides(old, new)
+            try:
+                old, new = upgrading.views()
+                sides = upgrading.sides(old, new)
+            except FileFormatError as error:
+                raise FileFormatError(
+                    f"{error} Without it nobody knows which rows were written with new vectors. "
+                    f"Remove {self.index.path / FOLDER} to take the upgrade back all the same."
+                ) from error
             ids = old.ids(old.rows_of(sides.keys.at(np.flatnonzero(sides.bridged))))
             with durable.storage_errors(self.index.path / FOLDER):
                 (self.index.path / STATE).unlink()
@@ -414,34 +424,43 @@ class Upgrade:
     def _alone(self) -> Iterator[Upgrading]:
         """Hold the lock of the upgrade, which ends with the process; yield what it is then."""
         self._under_way()
+        with self._lock_file() as handle:
+            for wait in (*_LOOKS, None):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if wait is None:
+                        raise StorageError(
+                            f"another process works on the upgrade of {self.index.path} (it "
+                            f"backfills, finishes or rolls back). Wait for it, or stop it; a "
+                            f"backfill loses nothing."
+                        ) from error
+                time.sleep(wait)
+            yield self._under_way()  # it may have ended, or changed, while the lock was sought
+
+    def _lock_file(self) -> IO[bytes]:
         try:
-            handle = (self.index.path / FOLDER / LOCK).open("rb")
+            return (self.index.path / FOLDER / LOCK).open("ab")  # made again if it was lost
         except FileNotFoundError:
             self._under_way()  # says that it is no more
             raise
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StorageError(
-                    f"another process works on the upgrade of {self.index.path} (it backfills, "
-                    f"finishes or rolls back). Wait for it, or stop it; a backfill loses nothing."
-                ) from error
-            yield self._under_way()  # it may have ended, or changed, while the lock was sought
 
     def _is_running(self) -> bool:
-        try:
-            with self._alone():
-                return False
-        except StorageError:
-            return True
+        with self._lock_file() as handle:
+            try:  # shared, so that those who look at the same time do not see each other
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
 
 def _opened(index: Index | str | os.PathLike[str], show_progress: bool) -> Index:
     return index if isinstance(index, Index) else Index.open(index, show_progress=show_progress)
 
 
-def _check_none(index: Index) -> None:
+def check_none(index: Index) -> None:
+    """Raise `StorageError` if an upgrade of the index is under way."""
     found = index._upgrading()
     if found is not None:
         raise StorageError(

@@ -21,7 +21,7 @@ _MOST_KNOWN = 2000  # done rows that errors are predicted from
 _NEAREST = 10
 _NEAR = 0.1  # a cosine that is lower by as much makes a row count less by e
 _AT_ONCE = 8192
-_MOST_QUERIES = 2000  # distinct ones that are asked again, the most frequent
+MOST_QUERIES = 2000  # distinct ones that are asked again, the most frequent
 _DEEP = 100  # answers that are looked at
 
 
@@ -87,7 +87,7 @@ def found_by(index: Index, queries: Embeddings) -> dict[Any, float]:
     Only what stands high can be displaced, or become an answer, when its true vector comes.
     """
     distinct, counts = np.unique(queries.array, axis=0, return_counts=True)
-    most = np.argsort(-counts, kind="stable")[:_MOST_QUERIES]
+    most = np.argsort(-counts, kind="stable")[:MOST_QUERIES]
     hits = index.search(Embeddings(distinct[most], queries.space), _DEEP)
     worth: dict[Any, float] = {}
     for ids, count in zip(hits.ids.tolist(), counts[most].tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from nestvec.encoders.base import Encoder
 from nestvec.errors import DataError
 from nestvec.space import Embeddings, Space
+
+_AT_ONCE = 65_536
 
 Source = Encoder | Embeddings | Callable[[list[Any]], ArrayLike | Embeddings]
 
@@ -24,6 +27,12 @@ def check_column(column: str | None, names: list[str]) -> None:
             f"column {column!r} is not one that the index keeps beside its vectors; which of them "
             f"holds what is embedded? There are: {said}."
         )
+
+
+def has_content(values: list[Any]) -> NDArray[np.bool_]:
+    """Tell which values are no empty text and not missing, (n,)."""
+    said = [bool(one.strip()) if isinstance(one, str) else one is not None for one in values]
+    return np.array(said, np.bool_)
 
 
 class NewVectors:
@@ -66,6 +75,20 @@ class NewVectors:
         if isinstance(self.source, Embeddings):
             return np.isin(ids, self.source.ids)
         return np.ones(len(ids), np.bool_)
+
+    def digest(self) -> str:
+        """Return what tells made vectors from others: a hash of their ids and numbers."""
+        assert isinstance(self.source, Embeddings)
+        found = hashlib.blake2b(self.source.ids.tobytes(), digest_size=16)
+        for start in range(0, len(self.source), _AT_ONCE):
+            found.update(self.source.array[start : start + _AT_ONCE].tobytes())
+        return found.hexdigest()
+
+    def can_embed(self, table: Any) -> NDArray[np.bool_]:
+        """Tell which rows an encoder takes, (n,): no text has nothing to say."""
+        if not isinstance(self.source, Encoder):
+            return np.ones(len(table), np.bool_)
+        return has_content(table[self.column].to_pylist())
 
     def __call__(self, table: Any) -> Embeddings:
         """Return the vectors of some rows, with their ids."""
