@@ -1,5 +1,6 @@
 """While rows are re-embedded the bridge is learned again, and the better one stays."""
 
+import errno
 import fcntl
 import threading
 import time
@@ -9,11 +10,11 @@ import pytest
 
 import nestvec as nv
 from nestvec._checks import normalise
-from nestvec.errors import FileFormatError
+from nestvec.errors import FileFormatError, StorageError
 from nestvec.maps import ProcrustesBridge
 from nestvec.maps.alignment import Bridge, row_hashes
 from nestvec.search.index import Index
-from nestvec.search.transition import State
+from nestvec.search.transition import State, Yardstick
 from nestvec.upgrade import Upgrade, backfill, learning
 
 N, LATENT = 1300, 24
@@ -335,6 +336,27 @@ def test_killed_before_it_is_in_use_the_old_one_serves_and_it_is_learned_again(
     again.backfill(DOCS, max_rows=1)
     assert (again.status().pairs, fits(again)) == (401, 1)
     assert_scores(again)
+
+
+@pytest.mark.parametrize("what", [Yardstick, State])
+def test_on_a_full_disk_the_old_one_serves_and_what_is_embedded_is_kept(
+    index, upgrade, monkeypatch, what
+):
+    def full(self, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(what, "save", full)
+        with pytest.raises(StorageError, match=r"440 rows were embedded .*o space .* learn=False"):
+            upgrade.backfill(DOCS, max_rows=440)
+    again = Upgrade.open(index.path)
+    assert (again.status().done, fits(again)) == (500, 0)
+    assert_scores(again)
+    again.backfill(DOCS, max_rows=1)
+    assert fits(again) == 1
+    assert_scores(again)
+    names = {path.name for path in (index.path / "upgrade").iterdir()}
+    assert not {name for name in names if name.startswith(".")}
 
 
 def test_who_opens_while_it_changes_takes_what_is_in_use(index, upgrade, monkeypatch):

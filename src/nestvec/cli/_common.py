@@ -61,6 +61,7 @@ _TYPED = {
     "upsert() replaces rows, add() only adds them": "nestvec index upsert replaces rows, add "
     "only adds them",
     "drop_pending=True deletes them": "--drop-pending deletes them",
+    "leave that out with learn=False": "leave that out with --no-learn",
     "nestvec.upgrade.Upgrade.start() begins one": "nestvec upgrade start begins one",
     "missing_ok=True deletes the others": "--missing-ok deletes the others",
     "set n_queries to": "add --n-queries",

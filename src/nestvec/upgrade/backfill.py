@@ -19,8 +19,9 @@ import numpy as np
 from nestvec._atomic import written_beside
 from nestvec._extras import require
 from nestvec._progress import progress
+from nestvec.errors import StorageError
 from nestvec.search.index import Index
-from nestvec.search.store import Batch
+from nestvec.search.store import Batch, durable
 from nestvec.search.transition import FOLDER
 from nestvec.search.upgrading import Upgrading, keyed
 from nestvec.space import Embeddings
@@ -106,7 +107,7 @@ def backfill(
             finally:  # also when it is interrupted: what is made is kept
                 pieces.flush()
             with pieces.not_counted():
-                if learn and learning.again(upgrading, seed=seed):
+                if learn and _learned(upgrading, seed, pieces.n):
                     pieces.upgrading = upgrading = index._upgrading() or upgrading
         if blank:
             some = ", ".join(map(str, [*blank.values()][:5])) + ", ..." * (len(blank) > 5)
@@ -115,6 +116,17 @@ def backfill(
                 *(index.path, f"{len(blank):,}", vectors.column, some),
             )
         return pieces.n
+
+
+def _learned(upgrading: Upgrading, seed: int, n_done: int) -> bool:
+    try:
+        return learning.again(upgrading, seed=seed)
+    except StorageError as error:
+        raise StorageError(
+            f"{n_done:,} rows were embedded and are kept; then the bridge was to be learned again, "
+            f"and could not be written ({durable.reason(error.__cause__ or error)}). Free some "
+            f"space and begin the backfill again, or leave that out with learn=False."
+        ) from error
 
 
 def _first_given(root: Path, digest: str, version: int) -> int:
