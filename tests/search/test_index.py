@@ -111,7 +111,8 @@ def test_explain_calls_every_row_fresh_while_nothing_is_derived(tmp_path, querie
     index.add(rows(5), ids=range(5))
     said = index.search(queries, plan="exact 8:int8@60 > 32@10").explain(3)
     assert said["stages"] == [
-        {"stage": stage, "rows_scored": 0, "ms": 0.0} for stage in ("8:int8@60", "32@10")
+        {"stage": stage, "rows_scored": n, "ms": 0.0}
+        for stage, n in (("8:int8@60", 0), ("32@10", 5))
     ]
     assert len(said["answers"]) == 5
     for answer in said["answers"]:
@@ -352,7 +353,12 @@ def test_a_writer_that_rests_keeps_no_version_on_disk(index, vectors):
 def test_looking_derives_nothing(index, queries):
     assert index.stats()["structures"] == {}
     assert index.stats()["fresh_rows"] == 1000
-    assert index.check() == {"ok": True, "record": index.check()["record"], "derived": []}
+    assert index.check() == {
+        "ok": True,
+        "record": index.check()["record"],
+        "derived": [],
+        "new": None,
+    }
     assert not (index.path / "derived").exists()
     index.search(queries)
     assert Index.open(index.path).stats()["fresh_rows"] == 0

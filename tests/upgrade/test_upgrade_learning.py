@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -118,6 +117,7 @@ def test_twice_the_rows_make_a_better_bridge_for_all_who_search(index, upgrade):
         "backfill.json",
         "bridge-1",
         "lock",
+        "made.json",
         "new",
         "sample-1.safetensors",
         "upgrade.json",
@@ -233,20 +233,40 @@ def test_a_bridge_of_many_pairs_is_not_compared_with_one_of_few(index):
     assert (upgrade.status().pairs, fits(upgrade)) == (3000, 0)
 
 
+class Clock:
+    """Time passes by sleeping, and by what else says so."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def test_a_rate_is_not_made_up_for_after_a_while_of_learning(upgrade, monkeypatch):
     upgrade.backfill(DOCS, max_rows=400)
-    ends, add = [], backfill._Pieces.add
+    clock, ends = Clock(), []
+    add, again = backfill._Pieces.add, learning.again
 
-    def noted(self, vectors, keys):
-        add(self, vectors, keys)
-        ends.append(time.monotonic())
+    def noted(self, piece, n):
+        add(self, piece, n)
+        ends.append(clock.now)
 
+    def learns(upgrading, *, seed):
+        clock.now += 10
+        return again(upgrading, seed=seed)
+
+    monkeypatch.setattr(backfill, "time", clock)
     monkeypatch.setattr(backfill._Pieces, "add", noted)
+    monkeypatch.setattr(learning, "again", learns)
     upgrade.backfill(DOCS, max_rows=120, rows_per_second=100, batch_size=10)
     assert fits(upgrade) == 1
-    assert len(ends) == 12
-    assert ends[4] - ends[3] > 0.2  # it learned after 40 rows
-    assert ends[11] - ends[4] > 0.6
+    steps = np.diff([0, *ends])
+    assert len(steps) == 12
+    np.testing.assert_allclose(np.delete(steps, 4), 0.1)
+    assert steps[4] == pytest.approx(10.1)  # it learned after 40 rows
 
 
 def test_two_backfills_in_turn_know_of_each_other(index, upgrade, monkeypatch):
