@@ -484,7 +484,7 @@ def test_made_vectors_hold_for_rows_as_they_were_when_first_given(index, upgrade
 
 
 def test_rows_without_text_stay_pending_and_are_named(tmp_path, caplog):
-    texts = [f"{i} 0" for i in range(120)]
+    texts: list[str | None] = [f"{i} 0" for i in range(120)]
     texts[5], texts[70], texts[71] = "", " \n", None
     index = Index.create(tmp_path / "x.nest", vectors(0, range(120), 0), payload={"text": texts})
     given = []
