@@ -9,6 +9,7 @@
       new/                 an index of the new Space, of the rows that have new vectors
       lock                 held by who backfills, finishes or rolls back
       backfill.json        how fast the last backfill was
+      made.json            at which version of the old index vectors from a file were first given
       written-VERSION.npz  ids that this version of the old index has through the bridge, while
                            their new vectors are being written
 

@@ -440,8 +440,11 @@ class Upgrade:
             yield self._under_way()  # it may have ended, or changed, while the lock was sought
 
     def _lock_file(self) -> IO[bytes]:
+        file = self.index.path / FOLDER / LOCK
         try:
-            return (self.index.path / FOLDER / LOCK).open("ab")  # made again if it was lost
+            if not file.exists():
+                file.touch()  # it was lost
+            return file.open("rb")
         except FileNotFoundError:
             self._under_way()  # says that it is no more
             raise
